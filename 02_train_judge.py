@@ -1,0 +1,461 @@
+"""Stage 2: distil the gold judge into a small LoRA judge, with or without reasoning.
+
+    --no-reasoning   instruction + output -> digit                                  (SFT, LoRA)
+    --reasoning      instruction + output -> the gold judge's reasoning, then digit  (SFT, LoRA)
+
+What goes in:   RUN/annotations/labels.jsonl
+What comes out: RUN/judges/direct-sft/ or RUN/judges/reasoning-sft/
+                epoch-1/, epoch-2/ …   a PEFT adapter after each epoch
+                validation-1.jsonl …   its judgements of the validation outputs
+                metrics.jsonl          loss and learning rate of each optimiser step
+                judge.json             the epoch chosen, and its agreement with the gold judge
+
+Simpler than the paper, and why:
+ 1. LoRA instead of full fine-tuning, at about ten times the learning rate: one adapter is a small
+    file that a running vLLM server loads, so one server plays every judge and the policy.
+ 2. No padding and no data loader: the examples of a batch are packed behind their common prefix
+    (the judge's rules), which is computed once. `pack` is the one idea of this file.
+
+    python 02_train_judge.py --preset laptop --run runs/demo --no-reasoning
+    python 02_train_judge.py --preset laptop --run runs/demo --reasoning
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from tqdm import tqdm
+
+annotate = import_module("01_annotate")
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    import torch
+
+# ---------------------------------------------------------------------------------------------
+# Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once.
+# ---------------------------------------------------------------------------------------------
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer
+
+
+@dataclass
+class Pack:
+    """One forward pass over a shared prefix and the branches behind it; S tokens, A answer tokens.
+
+    A token sees the prefix and its own branch up to itself, and its position counts as if the
+    branch stood alone behind the prefix. The hidden state at `sources_A[i]` predicts the answer
+    token `targets_A[i]`, which belongs to the pair number `owners_A[i]` of the packed list.
+    """
+
+    ids_S: list[int]
+    positions_S: list[int]
+    branches_S: list[int]  # 0 for the prefix
+    sources_A: list[int]
+    targets_A: list[int]
+    owners_A: list[int]
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """The number of tokens with which all `prompts` begin."""
+    first, last = min(prompts), max(prompts)  # in dictionary order: what these share, all share
+    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+
+
+def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
+    """Pack `pairs`, in order, into forward passes of at most `budget` tokens (one pair may exceed it).
+
+    A pair joins the pack before it only where that saves tokens against starting a new one.
+    """
+    bin_: list[int] = []
+    for index, (prompt, answer) in enumerate(pairs):
+        size = pack_size([pairs[i] for i in [*bin_, index]])
+        if bin_ and (size > budget or size > pack_size([pairs[i] for i in bin_]) + len(prompt) + len(answer) - 1):
+            yield build_pack(pairs, bin_)
+            bin_ = []
+        bin_.append(index)
+    if bin_:
+        yield build_pack(pairs, bin_)
+
+
+def pack_size(pairs: Sequence[Pair]) -> int:
+    prefix = shared_prefix([prompt for prompt, _ in pairs])
+    return prefix + sum(len(prompt) - prefix + len(answer) - 1 for prompt, answer in pairs)
+
+
+def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
+    prefix = shared_prefix([pairs[i][0] for i in members])
+    result = Pack(list(pairs[members[0]][0][:prefix]), list(range(prefix)), [0] * prefix, [], [], [])
+    for branch, index in enumerate(members, 1):
+        prompt, answer = pairs[index]
+        start = len(result.ids_S)
+        tokens = [*prompt[prefix:], *answer[:-1]]  # nothing follows the last token, so it is not fed
+        result.ids_S += tokens
+        result.positions_S += range(prefix, prefix + len(tokens))
+        result.branches_S += [branch] * len(tokens)
+        first = start + len(prompt) - prefix  # where the answer begins; its predictor is one before
+        last_of_prompt = first - 1 if len(prompt) > prefix else prefix - 1
+        result.sources_A += [last_of_prompt, *range(first, first + len(answer) - 1)]
+        result.targets_A += answer
+        result.owners_A += [index] * len(answer)
+    return result
+
+
+def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0, chunk: int = 2048) -> torch.Tensor:
+    """log p(target) of every answer token, shape [A], float32, with gradient.
+
+    Only answer positions go through the vocabulary, `chunk` at a time and recomputed in the
+    backward pass, so that memory does not grow with answer tokens x vocabulary.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = base.device
+    branch = torch.tensor(packed.branches_S, device=device)
+    order = torch.arange(len(branch), device=device)
+    sees_SS = ((branch == 0) | (branch == branch[:, None])) & (order <= order[:, None])
+    hidden_SD = base.model(
+        input_ids=torch.tensor([packed.ids_S], device=device),
+        position_ids=torch.tensor([packed.positions_S], device=device),
+        attention_mask=sees_SS[None, None],
+        use_cache=False,
+    ).last_hidden_state[0]
+
+    def logprobs(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        logits_CV = base.lm_head(hidden_CD).float() / temperature
+        return logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(1)
+
+    hidden_AD = hidden_SD[torch.tensor(packed.sources_A, device=device)]
+    targets_A = torch.tensor(packed.targets_A, device=device)
+    if len(targets_A) <= chunk:
+        return logprobs(hidden_AD, targets_A)
+    parts = zip(hidden_AD.split(chunk), targets_A.split(chunk))
+    return torch.cat([checkpoint(logprobs, hidden, targets, use_reentrant=False) for hidden, targets in parts])
+
+
+# ---------------------------------------------------------------------------------------------
+# The model, and training that can stop anywhere.
+# ---------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, adapter: Path | None, rank: int, modules: Sequence[str], seed: int = 0) -> Any:
+    """The model with a trainable LoRA adapter: the one in `adapter`, or a new one of `rank`.
+
+    The base stays in bfloat16 on a GPU (float32 on a CPU); peft keeps the adapter in float32.
+    """
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gpu = torch.cuda.is_available()
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa"
+    ).to("cuda" if gpu else "cpu")
+    if gpu:  # trade a third more compute for not keeping activations
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    if adapter:
+        model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    else:
+        model = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules)))
+    # Train mode switches gradient checkpointing on; neither these models nor our LoRA use dropout.
+    return model.train()
+
+
+def trainable(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def make_optimizer(model: Any, lr: float) -> Any:
+    import torch
+
+    return torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0)
+
+
+def save_state(folder: Path, step: int, model: Any, optimizer: Any) -> None:
+    """Write all that `step` finished steps leave behind, in one rename; drop older states."""
+    import torch
+    from safetensors.torch import save_file
+
+    target = folder / f"state-{step:06d}"
+    scratch = target.with_suffix(".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    moments = {
+        f"{index}.{name}": value.contiguous()
+        for index, parameter in enumerate(trainable(model))
+        for name, value in optimizer.state[parameter].items()
+        if isinstance(value, torch.Tensor)
+    }
+    save_file(moments, scratch / "optimizer.safetensors")
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+    for old in folder.glob("state-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def latest_state(folder: Path) -> tuple[int, Path | None]:
+    """(finished steps, folder of the newest whole state), or (0, None)."""
+    states = sorted(p for p in folder.glob("state-*") if p.suffix != ".part")
+    return (int(states[-1].name.removeprefix("state-")), states[-1]) if states else (0, None)
+
+
+def restore_optimizer(optimizer: Any, model: Any, state: Path) -> None:
+    from safetensors.torch import load_file
+
+    moments = load_file(state / "optimizer.safetensors")
+    for index, parameter in enumerate(trainable(model)):
+        names = [key.split(".", 1)[1] for key in moments if key.split(".", 1)[0] == str(index)]
+        # AdamW keeps its step count on the CPU, the moments beside the parameter.
+        optimizer.state[parameter] = {
+            n: moments[f"{index}.{n}"].to("cpu" if n == "step" else parameter.device) for n in names
+        }
+
+
+def rewind_metrics(path: Path, steps: int) -> None:
+    """Keep the metrics of the first `steps` steps: later ones will be made again."""
+    records = annotate.read_jsonl(path, ["step"])
+    if any(record["step"] >= steps for record in records):
+        annotate.write_jsonl(path, [record for record in records if record["step"] < steps])
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
+    """Linear warm-up over the first 3 % of the steps, then linear decay to 0 (as the paper's SFT)."""
+    ramp = max(1, round(warmup * steps))
+    return peak * min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
+
+
+def sft(options: dict[str, Any], folder: Path, pairs: Sequence[Pair]) -> None:
+    """Minimise the mean cross-entropy of the answer tokens of `pairs`; one adapter an epoch."""
+    import torch
+
+    batches = math.ceil(len(pairs) / options["batch"])
+    steps = options["epochs"] * batches
+    first, state = latest_state(folder)
+    if first == steps:
+        return
+    model = load_model(options["model"], state, options["lora_rank"], options["lora_modules"], options["seed"])
+    optimizer = make_optimizer(model, options["lr"])
+    if state:
+        restore_optimizer(optimizer, model, state)
+        print(f"going on after step {first} of {steps}")
+    rewind_metrics(folder / "metrics.jsonl", first)
+
+    for step in tqdm(range(first, steps), initial=first, total=steps, desc="fine-tuning"):
+        began = time.perf_counter()
+        epoch, place = divmod(step, batches)
+        order = random.Random(f"{options['seed']} {epoch}").sample(range(len(pairs)), len(pairs))
+        # Sorted by prompt, so that neighbours share as long a prefix as they can.
+        batch = sorted(pairs[i] for i in order[place * options["batch"] : (place + 1) * options["batch"]])
+        tokens = sum(len(answer) for _, answer in batch)
+        loss = 0.0
+        for packed in pack(batch, options["tokens_per_pass"]):
+            part = -answer_logprobs(model, packed).sum() / tokens
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(trainable(model), 1.0).item()
+        if not math.isfinite(norm):
+            annotate.fail(f"{folder}: the gradient of step {step} is not finite. Lower --lr ({options['lr']}).")
+        lr = learning_rate(step, steps, options["lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "answer_tokens": tokens}
+        annotate.append_jsonl(folder / "metrics.jsonl", {**record, "seconds": time.perf_counter() - began})
+        if (step + 1) % batches == 0:
+            model.save_pretrained(folder / f"epoch-{epoch + 1}")
+        if (step + 1) % batches == 0 or (step + 1) % options["save_every"] == 0:
+            save_state(folder, step + 1, model, optimizer)
+
+
+# ---------------------------------------------------------------------------------------------
+# Agreement with the gold judge.
+# ---------------------------------------------------------------------------------------------
+
+
+def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float:
+    """Krippendorff's alpha with the interval metric (Krippendorff 2011, "Computing alpha").
+
+    `units`: the ratings of each rated thing, None where a rater gave none. 1 is perfect agreement,
+    0 what chance gives, below 0 systematic disagreement; NaN where all ratings are the same.
+    The sum of (a - b)^2 over ordered pairs of a list is 2 (n * sum of squares - square of sum).
+    """
+    rated = [[x for x in unit if x is not None] for unit in units]
+    rated = [unit for unit in rated if len(unit) > 1]
+
+    def disagreement(values: Sequence[float]) -> float:
+        return 2 * (len(values) * sum(x * x for x in values) - sum(values) ** 2)
+
+    everything = [x for unit in rated for x in unit]
+    n = len(everything)
+    expected = disagreement(everything) / (n * (n - 1)) if n else 0.0
+    if expected == 0:
+        return math.nan
+    observed = sum(disagreement(unit) / (len(unit) - 1) for unit in rated) / n
+    return 1 - observed / expected
+
+
+def agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Agreement of judgements (records with gold, label, expected) with gold, in per cent.
+
+    Unusable judgements are left out of alpha and counted in `invalid`.
+    """
+    usable = [j for j in judgements if j["label"] is not None]
+    return {
+        "alpha": 100 * krippendorff_alpha([(j["gold"], j["label"]) for j in usable]),
+        "alpha_expected": 100 * krippendorff_alpha([(j["gold"], j["expected"]) for j in usable]),
+        "exact": 100 * sum(j["label"] == j["gold"] for j in usable) / max(1, len(usable)),
+        "invalid": 100 * (1 - len(usable) / max(1, len(judgements))),
+        "thinking_tokens": sum(j["thinking_tokens"] for j in judgements) / max(1, len(judgements)),
+        "n": len(judgements),
+    }
+
+
+def describe(scores: dict[str, float]) -> str:
+    return (
+        f"alpha {scores['alpha']:.1f} (expected score {scores['alpha_expected']:.1f}), exact {scores['exact']:.0f} %, "
+        f"invalid {scores['invalid']:.1f} %, {scores['thinking_tokens']:.0f} thinking tokens, n = {scores['n']}"
+    )
+
+
+def judge_rows(path: Path, judge: Any, rows: Iterable[dict[str, Any]], label: str, threads: int) -> list[dict[str, Any]]:
+    """The judgements of annotated `rows` by `judge`, kept in `path`: {id, gold, label, expected, …}."""
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        verdict = asdict(annotate.ask_judge(judge, row["instruction"], row["output"]))
+        return {"gold": row["label"], **verdict, "probabilities": [round(p, 4) for p in verdict["probabilities"]]}
+
+    return annotate.complete(path, {row["id"]: row for row in rows}, work, label, threads)
+
+
+def labelled(run: Path, split: str, reasoning: bool = False) -> list[dict[str, Any]]:
+    """The annotated outputs of `split` that carry a gold label (and a reasoning, if asked for)."""
+    folder = run / "annotations"
+    annotate.need(folder / "labels.json", f"01_annotate.py --run {run}")
+    rows = annotate.read_jsonl(folder / "labels.jsonl", ["id", "split", "instruction", "output", "label", "reasoning"])
+    return [r for r in rows if r["split"] == split and r["label"] is not None and (r["reasoning"] or not reasoning)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The command.
+# ---------------------------------------------------------------------------------------------
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+PRESETS = {
+    "model": (annotate.LAPTOP_MODEL, "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"),
+    "lora_rank": (16, 32, 64),
+    "lora_modules": (ATTENTION, LINEAR, LINEAR),
+    "lr": (2e-3, 1e-4, 1e-4),
+    "batch": (8, 128, 128),
+    "epochs": (2, 2, 2),
+    "max_thinking": (96, 4096, 4096),
+    "max_prompt": (512, 4096, 4096),
+    "tokens_per_pass": (512, 16_384, 16_384),
+    "save_every": (10, 50, 50),
+    "threads": (64, 256, 1024),
+    "gpus": ("0", "0", "0,1,2,3,4,5,6,7"),
+    "seed": (0, 0, 0),
+}
+option = annotate.option
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=(__doc__ or "").split("\n\n")[0])
+def main(
+    run: Path = annotate.RUN,
+    preset: annotate.Preset | None = annotate.PRESET,  # type: ignore[name-defined]
+    reasoning: bool = typer.Option(..., "--reasoning/--no-reasoning", help="Learn the gold judge's reasoning, or its label alone."),
+    model: str | None = option(PRESETS, "model", "The judge's base model. Paper: Qwen3-1.7B to 14B."),
+    lora_rank: int | None = option(PRESETS, "lora_rank", "Rank of the adapter: 1, 8, 16, 32, 64, 128, 256 (as vLLM serves). Paper: full fine-tuning."),
+    lora_modules: list[str] | None = option(PRESETS, "lora_modules", "Linear layers that get an adapter."),
+    lr: float | None = option(PRESETS, "lr", "Peak learning rate. Paper: 1e-5, full fine-tuning."),
+    batch: int | None = option(PRESETS, "batch", "Examples of one optimiser step. Paper: 128."),
+    epochs: int | None = option(PRESETS, "epochs", "Passes over the data; the best one on validation is kept. Paper: 1-2 direct, 2-3 reasoning."),
+    max_thinking: int | None = option(PRESETS, "max_thinking", "Longest thinking, in tokens; longer is unusable. Paper: 4096."),
+    max_prompt: int | None = option(PRESETS, "max_prompt", "Longest judge prompt, in tokens; longer examples are left out. Paper: 4096."),
+    tokens_per_pass: int | None = option(PRESETS, "tokens_per_pass", "Tokens of one forward pass: memory, not the result, depends on it."),
+    save_every: int | None = option(PRESETS, "save_every", "Optimiser steps between two saved states."),
+    threads: int | None = option(PRESETS, "threads", "Judge calls in flight at once."),
+    gpus: str | None = option(PRESETS, "gpus", "GPUs of the validation server."),
+    seed: int | None = option(PRESETS, "seed", "Seed of the adapter and of the order of examples."),
+) -> None:  # fmt: skip
+    options = annotate.settle(PRESETS, run, preset, {**locals(), "lora_modules": lora_modules or None})
+    options["reasoning"] = reasoning
+    train_judge(options, run, run / "judges" / ("reasoning-sft" if reasoning else "direct-sft"))
+
+
+def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
+    train, validation = labelled(run, "judge_train", options["reasoning"]), labelled(run, "judge_validation")
+    if not train or not validation:
+        annotate.fail(f"{run}/annotations: {len(train)} examples to train on, {len(validation)} to validate on.")
+    annotate.record_config(folder, options)
+    if not (folder / "judge.json").exists():
+        tokenizer = annotate.load_tokenizer(options["model"])
+        pairs = [
+            (
+                annotate.judge_prompt(tokenizer, row["instruction"], row["output"], options["reasoning"]),
+                annotate.judge_answer(tokenizer, row["label"], row["reasoning"] if options["reasoning"] else None),
+            )
+            for row in train
+        ]
+        fitting = [p for p in pairs if len(p[0]) <= options["max_prompt"] and len(p[1]) <= options["max_thinking"]]
+        print(f"{len(fitting)} examples; {len(pairs) - len(fitting)} left out, longer than the limits")
+        sft(options, folder, fitting)
+        choose_epoch(options, run, folder, tokenizer, validation)
+    judge = json.loads((folder / "judge.json").read_text())
+    print(f"{folder}: epoch {judge['epoch']}. On validation: {describe(judge['validation'])}")
+
+
+def choose_epoch(
+    options: dict[str, Any], run: Path, folder: Path, tokenizer: Any, rows: Sequence[dict[str, Any]]
+) -> None:
+    """Judge the validation outputs with each epoch's adapter; the best one becomes the judge.
+
+    Best: the highest alpha times the share of usable judgements.
+    """
+    scores = {}
+    with serve_judges(options, run) as endpoint:
+        for epoch in range(1, options["epochs"] + 1):
+            endpoint.load_adapter(f"epoch-{epoch}", folder / f"epoch-{epoch}")
+            judge = annotate.Judge(endpoint, tokenizer, f"epoch-{epoch}", options["reasoning"], options["max_thinking"])
+            verdicts = judge_rows(folder / f"validation-{epoch}.jsonl", judge, rows, f"epoch {epoch}", options["threads"])
+            scores[epoch] = agreement(verdicts)
+            print(f"epoch {epoch}: {describe(scores[epoch])}")
+            endpoint.unload_adapter(f"epoch-{epoch}")
+
+    def merit(epoch: int) -> float:
+        value = scores[epoch]["alpha"] * (1 - scores[epoch]["invalid"] / 100)
+        return -math.inf if math.isnan(value) else value
+
+    best = max(scores, key=merit)
+    kept = {key: options[key] for key in ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "max_prompt")}
+    annotate.write_json(folder / "judge.json", {**kept, "epoch": best, "adapter": f"epoch-{best}", "validation": scores[best]})
+
+
+def serve_judges(options: dict[str, Any], run: Path, **more: Any) -> Any:
+    """A server for the base model of `options` and LoRA adapters of its rank."""
+    return annotate.serve(
+        options["model"], run / "logs", max_len=options["max_prompt"] + options["max_thinking"] + 16,
+        lora_rank=options["lora_rank"], lora_modules=options["lora_modules"], gpus=options["gpus"], **more,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    app()
