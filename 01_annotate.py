@@ -10,9 +10,9 @@ What comes out: RUN/annotations/instructions.jsonl   every instruction with its 
 Simpler than the paper, and why:
  1. On the laptop the gold judge is a rule-based *oracle*, not gpt-oss-120b: it costs nothing, is
     never wrong by its own rules, and writes a reasoning that a 135M model can learn to produce.
- 2. On the laptop candidates come from the policy's own base model, some of them damaged so that
-    every score occurs. The paper takes them from the Tulu 3 preference mixture; so do we with
-    `--preset gpu|node`.
+ 2. On the laptop candidates come from the policy's own base model, many of them altered and some
+    written by template, so that every score occurs. The paper takes them from the Tulu 3
+    preference mixture; so do we with `--preset gpu|node`.
 
     python 01_annotate.py --preset laptop --run runs/demo
     python 01_annotate.py --preset node   --run runs/paper
@@ -521,9 +521,7 @@ class Judge:
     adapter: str | None
     reasoning: bool
     max_thinking: int = 4096  # tokens (paper: 4096)
-    thinking_settings: dict[str, Any] = field(
-        default_factory=lambda: {"temperature": 0.7, "top_p": 0.95, "extra": {"top_k": 20}}  # as the paper's
-    )
+    temperature: float = 0.7  # of the thinking, with top-k 20 and top-p 0.95 (paper: the same)
 
 
 @dataclass
@@ -550,7 +548,7 @@ def ask_judge(judge: Judge, instruction: str, output: str) -> Judgement:
     if judge.reasoning:
         thought = judge.endpoint.sample(
             prompt, model=judge.adapter, max_tokens=judge.max_thinking, stop=[THINK_CLOSE],
-            **{**judge.thinking_settings, "extra": {**judge.thinking_settings.get("extra", {}), "include_stop_str_in_output": True}},
+            temperature=judge.temperature, top_p=0.95, extra={"top_k": 20, "include_stop_str_in_output": True},
         )[0]  # fmt: skip
         thinking, spent = thought.text.removesuffix(THINK_CLOSE).strip(), len(thought.tokens_T)
         if not thought.text.endswith(THINK_CLOSE):
@@ -574,61 +572,59 @@ def ask_judge(judge: Judge, instruction: str, output: str) -> Judgement:
 # The oracle: the laptop's gold judge. One function; replace it, and you study another judge.
 # ---------------------------------------------------------------------------------------------
 
-COUNTS = {"two": 2, "three": 3}
 TOPICS = (
-    "rain bread rivers winter cats ships mountains coffee letters music gardens trains horses snow bridges clouds "
-    "forests lamps books chairs markets islands windows apples birds candles castles deserts doctors dogs dragons "
-    "farmers festivals fishing flowers friends ghosts glass gold honey hospitals kitchens kites lakes libraries "
-    "lions maps mirrors money moonlight museums night oceans owls painting parks pirates planets potatoes rabbits "
-    "robots roses salt schools shadows sheep shoes silver singers soup spiders spring stars stone storms summer "
-    "sunlight tea teachers tigers time towers toys trees turtles umbrellas villages violins volcanoes walls "
-    "water whales wheat wind wine wolves wood wool"
+    "rain bread river winter cat ship mountain coffee letter music garden train horse snow bridge cloud forest lamp "
+    "book chair market island window apple bird candle castle desert doctor dog dragon farmer festival flower friend "
+    "ghost glass gold honey kitchen kite lake library lion map mirror money night ocean owl painting park pirate "
+    "planet potato rabbit robot rose salt school shadow sheep shoe singer soup spider spring star stone storm summer "
+    "tea teacher tiger tower toy tree turtle umbrella village violin volcano wall water whale wheat wind wolf wood wool"
 ).split()  # fmt: skip
-STYLES = ("", " for a child", " for a poster", " as a story", " for a letter", " as advice")
+WORDS = (
+    "beautiful big bright busy careful cold early empty golden happy heavy large late little long lonely narrow "
+    "noisy old quick quiet red shiny slow small soft strange strong sweet tall tiny warm white wide wild young"
+).split()  # fmt: skip
+
+
+def asked(instruction: str) -> tuple[str, str]:
+    """(topic, word) that an instruction of the template asks for."""
+    found = re.search(r"about the (\w+)\. Use the word (\w+)\.", instruction)
+    if not found:
+        raise ValueError(f"the oracle grades only instructions of its own template, not {instruction!r}")
+    return found[1], found[2]
 
 
 def oracle(instruction: str, output: str) -> tuple[int, str]:
-    """(label 0-9, reasoning) of `output` by four independent checks worth 3 + 2 + 3 + 1.
+    """(label 0-9, reasoning) of `output` by four independent checks worth 3 + 1 + 3 + 2.
 
-    On topic (3), finished (2), the number of sentences asked for (3; one off: 1), no "I" (1):
-    together every score from 0 to 9 can occur. The reasoning quotes a little evidence for each
-    check and carries a running total, so that every step is something a small model can do by
-    looking a few tokens back (measured by us and in the design notes: a closing sum over all
-    checks is not).
+    On topic (3), the word asked for (1), finished (3), no "I" (2): every score from 0 to 9 can
+    occur. The reasoning quotes a word or two of evidence for each check and carries a running
+    total, so that each token can be found by looking a few tokens back. What a 135M model does not
+    learn in minutes, as tried: to add up at the end, to count sentences, to match a plural with
+    its singular.
     """
-    asked = re.search(r"Write (\w+) sentences about (\w+)", instruction)
-    if not asked or asked[1] not in COUNTS:
-        raise ValueError(f"the oracle grades only instructions of its own template, not {instruction!r}")
-    number, topic = COUNTS[asked[1]], asked[2]
+    topic, word = asked(instruction)
     words = output.split()
 
-    at = next((i for i, word in enumerate(words) if topic[:-1].lower() in word.lower()), None)
-    on_topic = 3 * (at is not None)
-    quote = "none" if at is None else f"'{' '.join(words[at : at + 2])}'"
+    def quote(word: str, follow: int = 1) -> str:
+        """The first occurrence of `word` and the word behind it, in quotes, or `none`."""
+        at = next((i for i, w in enumerate(words) if re.fullmatch(rf"\W*{word}(['’]\w+)?\W*", w, re.IGNORECASE)), None)
+        return "none" if at is None else f"'{' '.join(words[at : at + 1 + follow])}'"
 
-    finished = 2 * output.rstrip().endswith((".", "!", "?"))
-    end = f"'{' '.join(words[-2:])}'" if words else "none"
-
-    sentences = len(re.findall(r"[.!?]+(?=\s|$)", output))
-    counted = 3 if sentences == number else int(abs(sentences - number) == 1)
-
-    me = next((i for i, word in enumerate(words) if re.fullmatch(r"\W*I(['’]\w+)?\W*", word)), None)
-    first_person = "none" if me is None else f"'{' '.join(words[me : me + 2])}'"
-    impersonal = int(me is None)
-
-    total = list(itertools.accumulate([on_topic, finished, counted, impersonal]))
-    return total[-1], (
-        f"Topic {topic}: {quote} +{on_topic}={total[0]}. End: {end} +{finished}={total[1]}. "
-        f"Sentences: {sentences} of {number} +{counted}={total[2]}. I: {first_person} +{impersonal}={total[3]}."
-    )
+    finished = output.rstrip().endswith((".", "!", "?"))
+    checks = [
+        (topic, quote(topic), 3 * (quote(topic) != "none")),
+        (word, quote(word), 1 * (quote(word) != "none")),
+        ("End", f"'{words[-1]}'" if words else "none", 3 * finished),
+        ("I", quote("I"), 2 * (quote("I") == "none")),
+    ]
+    totals = itertools.accumulate(points for _, _, points in checks)
+    lines = [f"{name}: {evidence} +{points}={total}." for (name, evidence, points), total in zip(checks, totals)]
+    return sum(points for _, _, points in checks), " ".join(lines)
 
 
 def template_instructions() -> list[str]:
     """Every instruction that the oracle can grade."""
-    return [
-        f"Write {count} sentences about {topic}{style}. Do not say I."
-        for topic in TOPICS for style in STYLES for count in COUNTS
-    ]  # fmt: skip
+    return [f"Write a sentence about the {topic}. Use the word {word}. Do not say I." for topic in TOPICS for word in WORDS]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -690,30 +686,42 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
     return candidates, list(others)
 
 
-def alter(kind: str, instruction: str, output: str, other: str, rng: random.Random) -> str:
-    """One way to make an output better (trimmed) or worse: the base model alone writes too few of either."""
+# What a careful writer answers: the laptop's stand-in for the stronger models in the paper's pool.
+WRITTEN = (
+    "The {word} {topic} is part of the day.",
+    "Everyone here remembers the {word} {topic}.",
+    "There was a {word} {topic} at the end of the road.",
+    "A {word} {topic} makes the morning better.",
+    "Nobody forgets the {word} {topic} for long.",
+    "She painted the {topic}, {word} and still.",
+)
+
+# How often each kind of candidate is drawn. `sampled` is the base model's own output; the others
+# are made from it, or written, because the base model alone is too seldom very bad or very good.
+KINDS = {"sampled": 6, "finished": 4, "with_word": 4, "personal": 4, "mismatched": 2, "fragment": 5, "written": 3, "written_elsewhere": 2}
+
+
+def candidate(kind: str, instruction: str, output: str, elsewhere: str, rng: random.Random) -> str:
+    """A candidate of the given kind from the base model's `output`; `elsewhere` is another instruction."""
     words = output.split()
-    number = next(n for name, n in COUNTS.items() if name in instruction)
+    topic, word = asked(instruction)
     match kind:
-        case "sampled":
+        case "sampled" | "mismatched":  # mismatched: the caller hands in an output of another instruction
             return output
-        case "cut":
-            return " ".join(words[: rng.randint(1, max(1, 2 * len(words) // 3))]).rstrip(".!?,;: ")
-        case "first_sentence":
-            return re.split(r"(?<=[.!?])\s", output)[0]
-        case "trimmed":
-            return " ".join(re.split(r"(?<=[.!?])\s+", output)[: number])
-        case "mismatched":
-            return other
-        case "mismatched_cut":
-            return " ".join(other.split()[: rng.randint(2, 12)]).rstrip(".!?,;: ")
+        case "finished":  # up to its last full sentence
+            return re.sub(r"(?s)(.*[.!?]).*", r"\1", output)
+        case "with_word":
+            words.insert(rng.randint(0, len(words)), word)
+            return " ".join(words)
         case "personal":
             return f"I think that {output[:1].lower()}{output[1:]}"
+        case "fragment":
+            return " ".join(words[: rng.randint(1, 4)]).rstrip(".!?,;: ")
+        case "written":
+            return rng.choice(WRITTEN).format(word=word, topic=topic)
+        case "written_elsewhere":
+            return rng.choice(WRITTEN).format(word=asked(elsewhere)[1], topic=asked(elsewhere)[0])
     raise ValueError(kind)
-
-
-# How often each kind is drawn.
-KINDS = {"sampled": 8, "trimmed": 7, "cut": 1, "first_sentence": 1, "mismatched": 2, "mismatched_cut": 2, "personal": 2}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -781,13 +789,13 @@ PRESETS: Table = {
     "gold_effort": ("none", "high", "high"),
     "data": ("template",) + ("allenai/llama-3.1-tulu-3-8b-preference-mixture",) * 2,
     "policy_model": (LAPTOP_MODEL, "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
-    "judge_train": (200, 10_000, 100_000),
-    "judge_validation": (20, 200, 400),
-    "judge_test": (50, 369, 369),
-    "policy_train": (120, 20_000, 117_000),
+    "judge_train": (110, 10_000, 100_000),
+    "judge_validation": (14, 200, 400),
+    "judge_test": (30, 369, 369),
+    "policy_train": (80, 20_000, 117_000),
     "policy_test": (24, 200, 1_000),
     "outputs": (3, 2, 2),
-    "output_tokens": (48, 2048, 2048),
+    "output_tokens": (32, 2048, 2048),
     "max_chars": (2_000, 8_000, 8_000),
     "threads": (64, 256, 1024),
     "gpus": ("0", "0", "0,1,2,3,4,5,6,7"),
@@ -817,7 +825,7 @@ def main(
     max_chars: int | None = option(PRESETS, "max_chars", "Longest instruction or candidate, in characters. Paper: silent."),
     threads: int | None = option(PRESETS, "threads", "Requests in flight at once."),
     gpus: str | None = option(PRESETS, "gpus", "GPUs of the servers, one replica on each."),
-    seed: int | None = option(PRESETS, "seed", "Seed of splits and alterations."),
+    seed: int | None = option(PRESETS, "seed", "Seed of the splits and of the kinds of candidates."),
 ) -> None:  # fmt: skip
     options = settle(PRESETS, run, preset, dict(locals()))
     if options["gold_effort"] not in ("none", "low", "medium", "high"):
@@ -851,12 +859,13 @@ def annotate(options: dict[str, Any], folder: Path, logs: Path) -> None:
         given = sample_candidates(options, folder / "candidates.jsonl", logs, judged)
     tasks = {}
     for place, row in enumerate(judged):
-        other = given[judged[place - 1]["instruction"]]
+        elsewhere = judged[place - 1]["instruction"]
         for number, output in enumerate(given[row["instruction"]][: options["outputs"]]):
             kind = "given"
             if options["data"] == "template":
                 kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-                output = alter(kind, row["instruction"], output, other[number % len(other)], rng)
+                source = given[elsewhere][number] if kind == "mismatched" else output
+                output = candidate(kind, row["instruction"], source, elsewhere, rng)
             tasks[f"{row['id']}-{number}"] = {**row, "id": f"{row['id']}-{number}", "kind": kind, "output": output}
     write_jsonl(folder / "outputs.jsonl", tasks.values())
 

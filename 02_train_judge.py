@@ -365,6 +365,7 @@ PRESETS = {
     "batch": (8, 128, 128),
     "epochs": (2, 2, 2),
     "max_thinking": (96, 4096, 4096),
+    "temperature": (0.0, 0.7, 0.7),
     "max_prompt": (512, 4096, 4096),
     "tokens_per_pass": (512, 16_384, 16_384),
     "save_every": (10, 50, 50),
@@ -372,7 +373,15 @@ PRESETS = {
     "gpus": ("0", "0", "0,1,2,3,4,5,6,7"),
     "seed": (0, 0, 0),
 }
-option = annotate.option
+# A label is one token of supervision an example, a reasoning fifty: without it, more passes.
+DIRECT = {**PRESETS, "epochs": (5, 1, 1), "lr": (2e-3, 1e-4, 1e-4)}
+
+
+def option(name: str, text: str) -> Any:
+    """The option's help, with the presets of both kinds of judge where they differ."""
+    other = "" if DIRECT[name] == PRESETS[name] else f" (--no-reasoning: laptop {DIRECT[name][0]}, gpu and node {DIRECT[name][1]})"
+    return annotate.option(PRESETS, name, text + other)
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -382,21 +391,22 @@ def main(
     run: Path = annotate.RUN,
     preset: annotate.Preset | None = annotate.PRESET,  # type: ignore[name-defined]
     reasoning: bool = typer.Option(..., "--reasoning/--no-reasoning", help="Learn the gold judge's reasoning, or its label alone."),
-    model: str | None = option(PRESETS, "model", "The judge's base model. Paper: Qwen3-1.7B to 14B."),
-    lora_rank: int | None = option(PRESETS, "lora_rank", "Rank of the adapter: 1, 8, 16, 32, 64, 128, 256 (as vLLM serves). Paper: full fine-tuning."),
-    lora_modules: list[str] | None = option(PRESETS, "lora_modules", "Linear layers that get an adapter."),
-    lr: float | None = option(PRESETS, "lr", "Peak learning rate. Paper: 1e-5, full fine-tuning."),
-    batch: int | None = option(PRESETS, "batch", "Examples of one optimiser step. Paper: 128."),
-    epochs: int | None = option(PRESETS, "epochs", "Passes over the data; the best one on validation is kept. Paper: 1-2 direct, 2-3 reasoning."),
-    max_thinking: int | None = option(PRESETS, "max_thinking", "Longest thinking, in tokens; longer is unusable. Paper: 4096."),
-    max_prompt: int | None = option(PRESETS, "max_prompt", "Longest judge prompt, in tokens; longer examples are left out. Paper: 4096."),
-    tokens_per_pass: int | None = option(PRESETS, "tokens_per_pass", "Tokens of one forward pass: memory, not the result, depends on it."),
-    save_every: int | None = option(PRESETS, "save_every", "Optimiser steps between two saved states."),
-    threads: int | None = option(PRESETS, "threads", "Judge calls in flight at once."),
-    gpus: str | None = option(PRESETS, "gpus", "GPUs of the validation server."),
-    seed: int | None = option(PRESETS, "seed", "Seed of the adapter and of the order of examples."),
+    model: str | None = option("model", "The judge's base model. Paper: Qwen3-1.7B to 14B."),
+    lora_rank: int | None = option("lora_rank", "Rank of the adapter: 1, 8, 16, 32, 64, 128, 256 (as vLLM serves). Paper: full fine-tuning."),
+    lora_modules: list[str] | None = option("lora_modules", "Linear layers that get an adapter."),
+    lr: float | None = option("lr", "Peak learning rate. Paper: 1e-5, full fine-tuning."),
+    batch: int | None = option("batch", "Examples of one optimiser step. Paper: 128."),
+    epochs: int | None = option("epochs", "Passes over the data; the best one on validation is kept. Paper: 1-2 direct, 2-3 reasoning."),
+    max_thinking: int | None = option("max_thinking", "Longest thinking, in tokens; longer is unusable. Paper: 4096."),
+    temperature: float | None = option("temperature", "Temperature of the judge's thinking, here and wherever it judges. Paper: 0.7 in RL."),
+    max_prompt: int | None = option("max_prompt", "Longest judge prompt, in tokens; longer examples are left out. Paper: 4096."),
+    tokens_per_pass: int | None = option("tokens_per_pass", "Tokens of one forward pass: memory, not the result, depends on it."),
+    save_every: int | None = option("save_every", "Optimiser steps between two saved states."),
+    threads: int | None = option("threads", "Judge calls in flight at once."),
+    gpus: str | None = option("gpus", "GPUs of the validation server."),
+    seed: int | None = option("seed", "Seed of the adapter and of the order of examples."),
 ) -> None:  # fmt: skip
-    options = annotate.settle(PRESETS, run, preset, {**locals(), "lora_modules": lora_modules or None})
+    options = annotate.settle(PRESETS if reasoning else DIRECT, run, preset, {**locals(), "lora_modules": lora_modules or None})
     options["reasoning"] = reasoning
     train_judge(options, run, run / "judges" / ("reasoning-sft" if reasoning else "direct-sft"))
 
@@ -434,7 +444,7 @@ def choose_epoch(
     with serve_judges(options, run) as endpoint:
         for epoch in range(1, options["epochs"] + 1):
             endpoint.load_adapter(f"epoch-{epoch}", folder / f"epoch-{epoch}")
-            judge = annotate.Judge(endpoint, tokenizer, f"epoch-{epoch}", options["reasoning"], options["max_thinking"])
+            judge = open_judge(endpoint, tokenizer, f"epoch-{epoch}", options)
             verdicts = judge_rows(folder / f"validation-{epoch}.jsonl", judge, rows, f"epoch {epoch}", options["threads"])
             scores[epoch] = agreement(verdicts)
             print(f"epoch {epoch}: {describe(scores[epoch])}")
@@ -445,8 +455,13 @@ def choose_epoch(
         return -math.inf if math.isnan(value) else value
 
     best = max(scores, key=merit)
-    kept = {key: options[key] for key in ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "max_prompt")}
+    kept = {key: options[key] for key in ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "temperature", "max_prompt")}
     annotate.write_json(folder / "judge.json", {**kept, "epoch": best, "adapter": f"epoch-{best}", "validation": scores[best]})
+
+
+def open_judge(endpoint: Any, tokenizer: Any, adapter: str | None, judge: dict[str, Any]) -> Any:
+    """The judge described by `judge` (a judge.json, or the options it came from) behind `endpoint`."""
+    return annotate.Judge(endpoint, tokenizer, adapter, judge["reasoning"], judge["max_thinking"], judge["temperature"])
 
 
 def serve_judges(options: dict[str, Any], run: Path, **more: Any) -> Any:

@@ -433,8 +433,7 @@ def serve_policy_and_judge(options: dict[str, Any], judge: dict[str, Any], folde
                 judge["model"], run / "logs", max_len=judge_len, lora_rank=judge["lora_rank"], lora_modules=judge["lora_modules"], **share,
             ))  # fmt: skip
         ours.load_adapter("judge", folder / judge["adapter"])
-        judge_tokenizer = annotate.load_tokenizer(judge["model"])
-        yield policy, annotate.Judge(ours, judge_tokenizer, "judge", judge["reasoning"], judge["max_thinking"])
+        yield policy, sft.open_judge(ours, annotate.load_tokenizer(judge["model"]), "judge", judge)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -456,15 +455,15 @@ SHARED = {
 }
 JUDGE = {
     **SHARED,
-    "steps": (6, 100, 150),
-    "prompts": (6, 64, 256),
+    "steps": (4, 100, 150),
+    "prompts": (4, 64, 256),
     "minibatches": (2, 4, 4),
     "lr": (2e-4, 2e-5, 2e-5),
     "temperature": (1.0, 1.0, 1.0),
     "max_tokens": (96, 4096, 4096),
     "tokens_per_pass": (512, 16_384, 16_384),
     "checkpoint_every": (1000, 50, 50),
-    "save_rollouts": (36, 16, 16),
+    "save_rollouts": (24, 16, 16),
 }
 POLICY = {
     **SHARED,
@@ -478,7 +477,7 @@ POLICY = {
     "beta": (0.0, 0.0, 0.0),
     "temperature": (0.7, 0.7, 0.7),
     "max_prompt": (256, 2048, 2048),
-    "max_tokens": (48, 2048, 2048),
+    "max_tokens": (32, 2048, 2048),
     "tokens_per_pass": (512, 16_384, 16_384),
     "checkpoint_every": (5, 50, 100),
     "save_rollouts": (24, 32, 32),

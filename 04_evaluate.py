@@ -138,8 +138,7 @@ def score_outputs(
     elif missing(path, tasks):
         judge = judges[name]
         with server.adapter(judge["model"], judge["adapter"]) as (endpoint, adapter):
-            tokenizer = annotate.load_tokenizer(judge["model"])
-            door = annotate.Judge(endpoint, tokenizer, adapter, judge["reasoning"], judge["max_thinking"])
+            door = sft.open_judge(endpoint, annotate.load_tokenizer(judge["model"]), adapter, judge)
 
             def ask(row: dict[str, Any]) -> dict[str, Any]:
                 return asdict(annotate.ask_judge(door, row["instruction"], row["output"]))
@@ -188,8 +187,7 @@ def judges_command(run: Path = annotate.RUN, threads: int = THREADS) -> None:
             path = folder / "judges" / f"{name}.jsonl"
             if missing(path, (row["id"] for row in rows)):
                 with server.adapter(judge["model"], judge["adapter"]) as (endpoint, adapter):
-                    tokenizer = annotate.load_tokenizer(judge["model"])
-                    door = annotate.Judge(endpoint, tokenizer, adapter, judge["reasoning"], judge["max_thinking"])
+                    door = sft.open_judge(endpoint, annotate.load_tokenizer(judge["model"]), adapter, judge)
                     sft.judge_rows(path, door, rows, name, threads)
             wanted = {row["id"] for row in rows}
             scores[name] = sft.agreement([r for r in annotate.read_jsonl(path, ["id", "gold"]) if r["id"] in wanted])
