@@ -45,7 +45,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -572,17 +572,8 @@ def ask_judge(judge: Judge, instruction: str, output: str) -> Judgement:
 # The oracle: the laptop's gold judge. One function; replace it, and you study another judge.
 # ---------------------------------------------------------------------------------------------
 
-TOPICS = (
-    "rain bread river winter cat ship mountain coffee letter music garden train horse snow bridge cloud forest lamp "
-    "book chair market island window apple bird candle castle desert doctor dog dragon farmer festival flower friend "
-    "ghost glass gold honey kitchen kite lake library lion map mirror money night ocean owl painting park pirate "
-    "planet potato rabbit robot rose salt school shadow sheep shoe singer soup spider spring star stone storm summer "
-    "tea teacher tiger tower toy tree turtle umbrella village violin volcano wall water whale wheat wind wolf wood wool"
-).split()  # fmt: skip
-WORDS = (
-    "beautiful big bright busy careful cold early empty golden happy heavy large late little long lonely narrow "
-    "noisy old quick quiet red shiny slow small soft strange strong sweet tall tiny warm white wide wild young"
-).split()  # fmt: skip
+TOPICS = ["rain", "bread", "river", "winter", "cat", "ship", "mountain", "coffee", "letter", "music", "garden", "train", "horse", "snow", "bridge", "cloud", "forest", "lamp", "book", "chair", "market", "island", "window", "apple", "bird", "candle", "castle", "desert", "doctor", "dog", "dragon", "farmer", "festival", "flower", "friend", "ghost", "glass", "gold", "honey", "kitchen", "kite", "lake", "library", "lion", "map", "mirror", "money", "night", "ocean", "owl", "painting", "park", "pirate", "planet", "potato", "rabbit", "robot", "rose", "salt", "school", "shadow", "sheep", "shoe", "singer", "soup", "spider", "spring", "star", "stone", "storm", "summer", "tea", "teacher", "tiger", "tower", "toy", "tree", "turtle", "umbrella", "village", "violin", "volcano", "wall", "water", "whale", "wheat", "wind", "wolf", "wood", "wool"]  # fmt: skip
+WORDS = ["beautiful", "big", "bright", "busy", "careful", "cold", "early", "empty", "golden", "happy", "heavy", "large", "late", "little", "long", "lonely", "narrow", "noisy", "old", "quick", "quiet", "red", "shiny", "slow", "small", "soft", "strange", "strong", "sweet", "tall", "tiny", "warm", "white", "wide", "wild", "young"]  # fmt: skip
 
 
 def asked(instruction: str) -> tuple[str, str]:
@@ -791,7 +782,7 @@ PRESETS: Table = {
     "policy_model": (LAPTOP_MODEL, "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
     "judge_train": (110, 10_000, 100_000),
     "judge_validation": (14, 200, 400),
-    "judge_test": (30, 369, 369),
+    "judge_test": (24, 369, 369),
     "policy_train": (80, 20_000, 117_000),
     "policy_test": (24, 200, 1_000),
     "outputs": (3, 2, 2),
@@ -830,8 +821,8 @@ def main(
     options = settle(PRESETS, run, preset, dict(locals()))
     if options["gold_effort"] not in ("none", "low", "medium", "high"):
         fail(f"--gold-effort {options['gold_effort']}: must be low, medium, high or none.")
-    if (options["gold"] == "oracle") != (options["data"] == "template"):
-        fail(f"--gold {options['gold']} with --data {options['data']}: the oracle grades the templates' instructions only.") if options["gold"] == "oracle" else None
+    if options["gold"] == "oracle" and options["data"] != "template":
+        fail(f"--gold oracle with --data {options['data']}: the oracle grades the templates' instructions only.")
     folder, logs = run / "annotations", run / "logs"
     record_config(folder, options)
     if not (folder / "labels.json").exists():

@@ -22,7 +22,6 @@ Simpler than the paper, and why:
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random

@@ -39,7 +39,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -204,15 +204,15 @@ def update(model: Any, optimizer: Any, groups: Sequence[Sequence[Rollout]], opti
     rollouts = [r for r in rewarded if r.advantage or options["beta"]]
     stats = {"tokens": 0.0, "clipped_low": 0.0, "clipped_high": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
     device = next(model.parameters()).device
+
+    def per_token(members: Sequence[Rollout], value: Callable[[Rollout], Sequence[float]]) -> torch.Tensor:
+        return torch.tensor([x for r in members for x in value(r)], dtype=torch.float32, device=device)
+
     for packed in sft.pack([(r.prompt, r.tokens_T) for r in rollouts], options["tokens_per_pass"]):
         members = [rollouts[i] for i in dict.fromkeys(packed.owners_A)]
-
-        def per_token(value: Callable[[Rollout], Sequence[float]]) -> torch.Tensor:
-            return torch.tensor([x for r in members for x in value(r)], dtype=torch.float32, device=device)
-
-        old_A = per_token(lambda r: r.logprobs_T)
-        advantages_A = per_token(lambda r: [r.advantage] * len(r.tokens_T))
-        weights_A = per_token(lambda r: [1 / (len(r.tokens_T) * len(rewarded))] * len(r.tokens_T))
+        old_A = per_token(members, lambda r: r.logprobs_T)
+        advantages_A = per_token(members, lambda r: [r.advantage] * len(r.tokens_T))
+        weights_A = per_token(members, lambda r: [1 / (len(r.tokens_T) * len(rewarded))] * len(r.tokens_T))
         reference_A = None
         if options["beta"]:
             with torch.no_grad(), model.disable_adapter():
@@ -301,7 +301,7 @@ def grpo(options: dict[str, Any], folder: Path, endpoint: Any, task: Task) -> No
         metrics = {"step": step, **measure(groups, options), **merge(updates), **seconds, "lr": options["lr"]}
         annotate.append_jsonl(folder / "metrics.jsonl", metrics)
         save_rollouts(folder / "rollouts.jsonl", step, groups, options)
-        bar.set_postfix(reward=f"{metrics['reward']:.2f}", length=f"{metrics['length']:.0f}")
+        bar.set_postfix({key: metrics[key] and round(metrics[key], 2) for key in ("reward", "length", "invalid")})
         if (step + 1) % options["show_every"] == 0:
             show(groups, step)
         last = step + 1 == options["steps"]
@@ -320,7 +320,7 @@ def measure(groups: Sequence[Sequence[Rollout]], options: dict[str, Any]) -> dic
     spreads = [pstdev([r.reward for r in group if r.reward is not None] or [0.0]) for group in groups]
     return {
         "prompt_ids": [group[0].row["id"] for group in groups],
-        "reward": fmean(rewards) if rewards else math.nan,
+        "reward": fmean(rewards) if rewards else None,
         "reward_std": fmean(spreads),
         "flat_groups": fmean(spread < max(options["std_floor"], 1e-9) for spread in spreads),
         "length": fmean(len(r.tokens_T) for r in everyone),
@@ -470,7 +470,7 @@ POLICY = {
     "model": (annotate.LAPTOP_MODEL, "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
     "lora_rank": (16, 32, 64),
     "lora_modules": (sft.ATTENTION, sft.LINEAR, sft.LINEAR),
-    "steps": (20, 300, 1200),
+    "steps": (16, 300, 1200),
     "prompts": (4, 32, 128),
     "minibatches": (2, 4, 4),
     "lr": (1e-3, 2e-5, 2e-5),
@@ -479,7 +479,7 @@ POLICY = {
     "max_prompt": (256, 2048, 2048),
     "max_tokens": (32, 2048, 2048),
     "tokens_per_pass": (512, 16_384, 16_384),
-    "checkpoint_every": (5, 50, 100),
+    "checkpoint_every": (4, 50, 100),
     "save_rollouts": (24, 32, 32),
 }
 HELP = {
@@ -604,6 +604,7 @@ def train_policy(
     options = annotate.settle(POLICY, run, preset, {**locals(), "lora_modules": lora_modules or None})
     judge_folder, trained = find_judge(run, judge)
     options["judge"] = judge_folder.name
+    print(f"judge: {judge_folder}")
     folder = run / "policies" / judge
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
@@ -627,10 +628,13 @@ def report(folder: Path) -> None:
     records = annotate.read_jsonl(folder / "metrics.jsonl", ["step", "reward"])
     part = max(1, len(records) // 5)
     first, last = records[:part], records[-part:]
-    print(f"{folder}: {len(records)} steps; first and last {part}: " + ", ".join(
-        f"{key} {fmean(r[key] for r in first):.2f} -> {fmean(r[key] for r in last):.2f}"
-        for key in ("reward", "invalid", "length", "truncated")
-    ))  # fmt: skip
+
+    def mean(rows: list[dict[str, Any]], key: str) -> str:
+        known = [row[key] for row in rows if row[key] is not None]
+        return f"{fmean(known):.2f}" if known else "none"
+
+    changes = (f"{key} {mean(first, key)} -> {mean(last, key)}" for key in ("reward", "invalid", "length", "truncated"))
+    print(f"{folder}: {len(records)} steps; first and last {part}: {', '.join(changes)}")
 
 
 if __name__ == "__main__":

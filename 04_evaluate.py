@@ -25,6 +25,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
@@ -125,9 +126,10 @@ def score_outputs(
     tasks = {row["id"]: row for row in outputs}
     if name == GOLD:
         options = annotate.read_options(server.run / "annotations")
-        server.close() if options["gold"] != "oracle" and missing(path, tasks) else None
-
-        with annotate.gold_endpoint(options, server.run / "logs") if missing(path, tasks) else ExitStack() as endpoint:
+        todo = missing(path, tasks)
+        if todo and options["gold"] != "oracle":  # make room for the gold judge's own server
+            server.close()
+        with annotate.gold_endpoint(options, server.run / "logs") if todo else ExitStack() as endpoint:
             grade = annotate.gold_judge(options, endpoint)
 
             def work(row: dict[str, Any]) -> dict[str, Any]:
@@ -149,10 +151,10 @@ def score_outputs(
     return {r["id"]: r["expected"] for r in records if r["id"] in tasks}
 
 
-def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`."""
+def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the mean of `values`; None without values."""
     if not values:
-        return float("nan"), float("nan")
+        return None
     rng = random.Random(seed)
     means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(draws))
     tail = (1 - level) / 2
@@ -204,6 +206,16 @@ def judges_command(run: Path = annotate.RUN, threads: int = THREADS) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def write_output(endpoint: Any, served: str | None, tokenizer: Any, policy: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The record of one output: the policy's answer to the instruction of `row`."""
+    (sample,) = endpoint.sample(
+        annotate.policy_prompt(tokenizer, row["instruction"]), model=served,
+        temperature=policy["temperature"], max_tokens=policy["max_tokens"],
+    )  # fmt: skip
+    about = {key: row[key] for key in ("policy", "step", "instruction")}
+    return {**about, "output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
+
+
 def write_outputs(run: Path, policies: dict[str, Any], server: OneServer, threads: int) -> list[dict[str, Any]]:
     """One output of every checkpoint for every test instruction, in RUN/evaluation/outputs.jsonl.
 
@@ -221,17 +233,8 @@ def write_outputs(run: Path, policies: dict[str, Any], server: OneServer, thread
             if not missing(path, tasks):
                 done += [r for r in annotate.read_jsonl(path) if r["id"] in tasks]
                 continue
-            tokenizer = annotate.load_tokenizer(policy["model"])
             with server.adapter(policy["model"], adapter) as (endpoint, served):
-
-                def write(row: dict[str, Any]) -> dict[str, Any]:
-                    prompt = annotate.policy_prompt(tokenizer, row["instruction"])
-                    sample = endpoint.sample(
-                        prompt, model=served, temperature=policy["temperature"], max_tokens=policy["max_tokens"]
-                    )[0]
-                    row = {key: row[key] for key in ("policy", "step", "instruction")}
-                    return {**row, "output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
-
+                write = partial(write_output, endpoint, served, annotate.load_tokenizer(policy["model"]), policy)
                 done += annotate.complete(path, tasks, write, f"outputs of {who}", threads)
     return list({row["id"]: row for row in done}.values())
 
@@ -285,7 +288,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
         for key, text, colour in (("own", f"its judge ({judges[name]})", "tab:orange"), ("gold", "gold judge", "tab:blue")):
             known = [p for p in points if p[key] is not None]
             axis.plot([p["step"] for p in known], [p[key] for p in known], "o-", ms=4, color=colour, label=text)
-            low, high = zip(*(p[f"{key}_interval"] for p in known))
+            low, high = [p[f"{key}_interval"][0] for p in known], [p[f"{key}_interval"][1] for p in known]
             axis.fill_between([p["step"] for p in known], low, high, color=colour, alpha=0.15, lw=0)
         axis.set(title=f"policy trained against: {name}", xlabel="training step", ylim=(0, 9), xticks=steps)
         axis.grid(alpha=0.3)

@@ -120,10 +120,11 @@ def test_parsing_of_gold_answers(answers: list[Any], expected: tuple[Any, ...]) 
     """Answers in the shapes a reasoning parser leaves, asked for again once with twice the tokens."""
 
     class Recorded:
-        limits: list[int] = []
+        def __init__(self) -> None:
+            self.limits: list[int] = []
 
         def chat(self, messages: Any, **settings: Any) -> Any:
-            self.limits = [*self.limits, settings["max_tokens"]]
+            self.limits.append(settings["max_tokens"])
             return answers[len(self.limits) - 1]
 
     endpoint = Recorded()
