@@ -44,10 +44,11 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import typer
@@ -215,14 +216,17 @@ def complete(
         with ThreadPoolExecutor(threads) as pool, tqdm(total=len(tasks), initial=len(done), desc=label) as bar:
             # A bounded window keeps memory flat however many tasks there are.
             waiting: dict[Future[dict[str, Any]], str] = {}
+            finished: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
             queue = iter(todo)
             try:
                 while True:
                     for key in itertools.islice(queue, 2 * threads - len(waiting)):
-                        waiting[pool.submit(work, tasks[key])] = key
+                        future = pool.submit(work, tasks[key])
+                        waiting[future] = key
+                        future.add_done_callback(finished.put)
                     if not waiting:
                         break
-                    future = next(as_completed(waiting))
+                    future = finished.get()
                     key = waiting.pop(future)
                     done[key] = {"id": key, **future.result()}
                     append_jsonl(path, done[key])

@@ -1,0 +1,57 @@
+"""Put one fault at a time into a copy of the scripts and see that a test fails: python tests/mutations.py
+
+Exit status 1 if a fault goes unnoticed. Takes about a minute: only the fast tests are run.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# (script, what stands there, the fault, its name)
+MUTATIONS = [
+    ("02_train_judge.py", "last_of_prompt = first - 1 if", "last_of_prompt = first if", "answers predicted one place late"),
+    ("02_train_judge.py", ".float() / temperature", ".float()", "temperature ignored"),
+    ("02_train_judge.py", "((branch == 0) | (branch == branch[:, None])) & ", "", "branches of a pack see each other"),
+    ("02_train_judge.py", "range(prefix, prefix + len(tokens))", "range(start, start + len(tokens))", "positions run on over branches"),
+    ("02_train_judge.py", "1 - observed / expected", "1 - observed / expected * (n - 1) / n", "alpha without its small-sample term"),
+    ("03_rl.py", "(81 - (score - gold) ** 2)", "(81 - abs(score - gold))", "eq. 1 not squared"),
+    ("03_rl.py", "(r - mean) / spread for", "(mean - r) / spread for", "sign of the advantage"),
+    ("03_rl.py", "return -(weights_A * surrogate)", "return (weights_A * surrogate)", "sign of the loss"),
+    ("03_rl.py", "clamp(1 - low, 1 + high)", "clamp(1 - high, 1 + low)", "clip bounds swapped"),
+    ("03_rl.py", "advantages_A).minimum(", "advantages_A).maximum(", "the larger of clipped and unclipped"),
+    ("03_rl.py", "difference.exp() - difference - 1", "difference.exp() + difference - 1", "sign in the KL estimator"),
+    ("03_rl.py", "(len(r.tokens_T) * len(rewarded))", "(len(r.tokens_T) * len(members))", "normaliser of the micro-batch, not the step"),
+    ("03_rl.py", "for i in dict.fromkeys(packed.owners_A)]", "for i in reversed(dict.fromkeys(packed.owners_A))]", "rollouts of a group permuted"),
+]
+
+
+def survives(script: str, before: str, after: str) -> bool:
+    """Whether the fast tests still pass with the fault put in."""
+    text = (ROOT / script).read_text()
+    assert text.count(before) == 1, f"{script}: {before!r} stands there {text.count(before)} times"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for source in ROOT.glob("0*.py"):
+            shutil.copy(source, copy)
+        shutil.copytree(ROOT / "tests", copy / "tests")
+        (copy / "models").symlink_to(ROOT / "models")
+        (copy / script).write_text(text.replace(before, after))
+        names = "loss or update or packed or advantages or equation or alpha or clip"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_training.py", "-k", names]
+        result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert result.returncode in (0, 1), result.stdout
+    return result.returncode == 0
+
+
+if __name__ == "__main__":
+    missed = 0
+    for script, before, after, name in MUTATIONS:
+        alive = survives(script, before, after)
+        missed += alive
+        print(f"{'MISSED' if alive else 'caught'}  {script}: {name}", flush=True)
+    print(f"{len(MUTATIONS) - missed} of {len(MUTATIONS)} faults caught")
+    sys.exit(missed > 0)
