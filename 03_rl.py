@@ -458,7 +458,7 @@ JUDGE = {
     "steps": (4, 100, 150),
     "prompts": (4, 64, 256),
     "minibatches": (2, 4, 4),
-    "lr": (2e-4, 2e-5, 2e-5),
+    "lr": (3e-5, 2e-5, 2e-5),
     "temperature": (1.0, 1.0, 1.0),
     "max_tokens": (96, 4096, 4096),
     "tokens_per_pass": (512, 16_384, 16_384),
