@@ -290,7 +290,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
             axis.plot([p["step"] for p in known], [p[key] for p in known], "o-", ms=4, color=colour, label=text)
             low, high = [p[f"{key}_interval"][0] for p in known], [p[f"{key}_interval"][1] for p in known]
             axis.fill_between([p["step"] for p in known], low, high, color=colour, alpha=0.15, lw=0)
-        axis.set(title=f"policy trained against: {name}", xlabel="training step", ylim=(0, 9), xticks=steps)
+        axis.set(title=f"policy trained against: {name}", xlabel="training step", ylim=(0, 9.3), yticks=range(10), xticks=steps)
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right", fontsize=8)
     axes[0][0].set_ylabel("mean score on held-out instructions (0-9)")

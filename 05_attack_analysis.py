@@ -121,12 +121,13 @@ def draw_matrix(matrix: dict[str, dict[str, Any]], path: Path) -> None:
     policies, judges = list(matrix), list(next(iter(matrix.values())))
     values = [[matrix[p][j]["lift"] if matrix[p][j]["lift"] is not None else float("nan") for j in judges] for p in policies]
     figure, axis = plt.subplots(figsize=(1.7 * len(judges) + 1.5, 0.9 * len(policies) + 1.6), layout="constrained")
-    image = axis.imshow(values, cmap="RdBu", vmin=-5, vmax=5, aspect="auto")
+    limit = max([1.0, *(abs(v) for row in values for v in row if v == v)])
+    image = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for y, policy in enumerate(policies):
         for x, judge in enumerate(judges):
             entry = matrix[policy][judge]
             text = "none" if entry["lift"] is None else f"{entry['lift']:+.2f}\n[{entry['interval'][0]:+.1f}, {entry['interval'][1]:+.1f}]"
-            dark = entry["lift"] is not None and abs(entry["lift"]) > 3.2
+            dark = entry["lift"] is not None and abs(entry["lift"]) > 0.65 * limit
             axis.text(x, y, text + ("\nown judge" if entry["own"] else ""), ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axis.set_xticks(range(len(judges)), judges, fontsize=9)
     axis.set_yticks(range(len(policies)), [f"against\n{p}" for p in policies], fontsize=9)
