@@ -1,4 +1,4 @@
-# make demo   the whole study in miniature, on a laptop: about 25 minutes on two cores
+# make demo   the whole study in miniature, on a laptop: about half an hour on two cores
 # make test   the tests, most against a live vLLM server
 # Both set everything up first; nothing but Python 3.11+ and pip is needed.
 

@@ -97,7 +97,7 @@ def test_killed_and_resumed_policy_ends_like_an_uninterrupted_one(finished: Any)
     folder = other / "policies" / "direct"
     try:
         process = subprocess.Popen([sys.executable, *line.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not annotate.read_jsonl(folder / "metrics.jsonl") or not list(folder.glob("state-*")):
+        while not import_module("02_train_judge").latest_state(folder)[0]:
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
