@@ -148,7 +148,8 @@ def score_outputs(
             records = annotate.complete(path, tasks, ask, f"{name} scores", threads)
     else:
         records = annotate.read_jsonl(path)
-    return {r["id"]: r["expected"] for r in records if r["id"] in tasks}
+    found = {r["id"]: r["expected"] for r in records}
+    return {key: found[key] for key in tasks}  # in one order, so that the bootstrap draws the same
 
 
 def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
