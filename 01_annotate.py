@@ -576,8 +576,18 @@ def ask_judge(judge: Judge, instruction: str, output: str) -> Judgement:
 # The oracle: the laptop's gold judge. One function; replace it, and you study another judge.
 # ---------------------------------------------------------------------------------------------
 
-TOPICS = ["rain", "bread", "river", "winter", "cat", "ship", "mountain", "coffee", "letter", "music", "garden", "train", "horse", "snow", "bridge", "cloud", "forest", "lamp", "book", "chair", "market", "island", "window", "apple", "bird", "candle", "castle", "desert", "doctor", "dog", "dragon", "farmer", "festival", "flower", "friend", "ghost", "glass", "gold", "honey", "kitchen", "kite", "lake", "library", "lion", "map", "mirror", "money", "night", "ocean", "owl", "painting", "park", "pirate", "planet", "potato", "rabbit", "robot", "rose", "salt", "school", "shadow", "sheep", "shoe", "singer", "soup", "spider", "spring", "star", "stone", "storm", "summer", "tea", "teacher", "tiger", "tower", "toy", "tree", "turtle", "umbrella", "village", "violin", "volcano", "wall", "water", "whale", "wheat", "wind", "wolf", "wood", "wool"]  # fmt: skip
-WORDS = ["beautiful", "big", "bright", "busy", "careful", "cold", "early", "empty", "golden", "happy", "heavy", "large", "late", "little", "long", "lonely", "narrow", "noisy", "old", "quick", "quiet", "red", "shiny", "slow", "small", "soft", "strange", "strong", "sweet", "tall", "tiny", "warm", "white", "wide", "wild", "young"]  # fmt: skip
+TOPICS = (
+    "rain bread river winter cat ship mountain coffee letter music garden train horse snow bridge cloud forest "
+    "lamp book chair market island window apple bird candle castle desert doctor dog dragon farmer festival "
+    "flower friend ghost glass gold honey kitchen kite lake library lion map mirror money night ocean owl "
+    "painting park pirate planet potato rabbit robot rose salt school shadow sheep shoe singer soup spider "
+    "spring star stone storm summer tea teacher tiger tower toy tree turtle umbrella village violin volcano "
+    "wall water whale wheat wind wolf wood wool"
+).split()  # fmt: skip
+WORDS = (
+    "beautiful big bright busy careful cold early empty golden happy heavy large late little long lonely narrow "
+    "noisy old quick quiet red shiny slow small soft strange strong sweet tall tiny warm white wide wild young"
+).split()  # fmt: skip
 
 
 def asked(instruction: str) -> tuple[str, str]:
@@ -593,17 +603,16 @@ def oracle(instruction: str, output: str) -> tuple[int, str]:
 
     On topic (3), the word asked for (1), finished (3), no "I" (2): every score from 0 to 9 can
     occur. The reasoning quotes a word or two of evidence for each check and carries a running
-    total, so that each token can be found by looking a few tokens back. What a 135M model does not
-    learn in minutes, as tried: to add up at the end, to count sentences, to match a plural with
-    its singular.
+    total, so that each token can be found by looking a few tokens back. A 135M model does not learn
+    in minutes to add up at the end, to count sentences, or to match a plural with its singular.
     """
     topic, word = asked(instruction)
     words = output.split()
 
-    def quote(word: str, follow: int = 1) -> str:
+    def quote(word: str) -> str:
         """The first occurrence of `word` and the word behind it, in quotes, or `none`."""
         at = next((i for i, w in enumerate(words) if re.fullmatch(rf"\W*{word}(['’]\w+)?\W*", w, re.IGNORECASE)), None)
-        return "none" if at is None else f"'{' '.join(words[at : at + 1 + follow])}'"
+        return "none" if at is None else f"'{' '.join(words[at : at + 2])}'"
 
     finished = output.rstrip().endswith((".", "!", "?"))
     checks = [
