@@ -354,7 +354,10 @@ class Sample:
 
 @dataclass
 class Endpoint:
-    """An OpenAI-compatible server. Calls are thread-safe and retried with back-off by the client."""
+    """An OpenAI-compatible server. Calls are thread-safe and retried with back-off by the client.
+
+    `url` may name several replicas of one server, separated by commas: calls go to them in turn.
+    """
 
     url: str
     key: str = field(repr=False)
@@ -363,7 +366,14 @@ class Endpoint:
     def __post_init__(self) -> None:
         import openai
 
-        self.client = openai.OpenAI(base_url=self.url, api_key=self.key, max_retries=4, timeout=3600)
+        urls = self.url.split(",")
+        self.client = openai.OpenAI(base_url=urls[0], api_key=self.key, max_retries=4, timeout=3600)
+        self.replicas = [self] if len(urls) == 1 else [Endpoint(url, self.key, self.model) for url in urls]
+        self.turns = itertools.cycle(self.replicas)
+
+    def replica(self) -> Endpoint:
+        """The server whose turn it is. Calls that share a prompt are best made to one of them."""
+        return next(self.turns)
 
     def sample(self, prompt: list[int], n: int = 1, model: str | None = None, **settings: Any) -> list[Sample]:
         """`n` completions of the token ids `prompt`, by the base model or the adapter `model`.
@@ -371,7 +381,7 @@ class Endpoint:
         Log-probabilities are of the distribution really sampled from (after temperature and masks).
         """
         extra = {"return_token_ids": True, **settings.pop("extra", {})}
-        answer = self.client.completions.create(
+        answer = self.replica().client.completions.create(
             model=model or self.model, prompt=prompt, n=n, logprobs=0, extra_body=extra, **settings
         )
         return [
@@ -381,7 +391,7 @@ class Endpoint:
 
     def chat(self, messages: list[dict[str, str]], **settings: Any) -> tuple[str, str, bool]:
         """(final text, reasoning, finished) of one chat answer. The reasoning may be empty."""
-        answer = self.client.chat.completions.create(model=self.model, messages=messages, **settings)
+        answer = self.replica().client.chat.completions.create(model=self.model, messages=messages, **settings)
         message = answer.choices[0].message
         extra = message.model_extra or {}
         reasoning = extra.get("reasoning") or extra.get("reasoning_content") or ""
@@ -396,12 +406,13 @@ class Endpoint:
 
     def _post(self, verb: str, body: dict[str, str]) -> None:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        request = urllib.request.Request(f"{self.url}/{verb}", json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=600):
-                pass
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{verb} {body}: {error.code} {error.read().decode(errors='replace')[:300]}") from None
+        for server in self.replicas:
+            request = urllib.request.Request(f"{server.url}/{verb}", json.dumps(body).encode(), headers)
+            try:
+                with urllib.request.urlopen(request, timeout=600):
+                    pass
+            except urllib.error.HTTPError as error:
+                raise RuntimeError(f"{verb} {body}: {error.code} {error.read().decode(errors='replace')[:300]}") from None
 
 
 @contextlib.contextmanager
@@ -420,50 +431,55 @@ def serve(
     """Start vLLM with `model` on 127.0.0.1, yield its endpoint, and always end it.
 
     `max_len`: prompt and completion tokens; `lora_rank`: 0 serves no adapters; `gpus`: CUDA
-    devices, one data-parallel replica on each (ignored on a CPU); `memory`: share of their memory.
-    The key is random and reaches the server through its environment.
+    devices, one replica on each (on a CPU: only their number counts); `memory`: share of their
+    memory. The key is random and reaches the server through its environment.
     """
     import torch
 
     if not Path(model, "config.json").exists() and model == LAPTOP_MODEL:
         make_laptop_model(Path(model))
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     key = secrets.token_urlsafe(24)
     environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
     # Processed log-probabilities are those of the distribution sampled from; the generation config
     # of a model would otherwise add top-k and top-p of its own.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-               "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_len),
-               "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
+               "--max-model-len", str(max_len), "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]  # fmt: skip
     if lora_rank:
         command += ["--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", str(max_loras)]
         command += ["--lora-target-modules", *lora_modules] if lora_modules else []
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = gpus
-        command += ["--data-parallel-size", str(len(gpus.split(","))), "--gpu-memory-utilization", str(memory)]
+        command += ["--gpu-memory-utilization", f"{memory:.3f}"]
     else:
         # float32: bfloat16 is slow on most CPUs. By default vLLM keeps one core for itself, half of
         # a small machine, and blocks of 128 tokens, longer than most prompts here: together these
         # settings sample twice as fast on two cores.
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-    log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WATCHDOG, *command, *arguments],
-            stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
+    servers: list[tuple[str, subprocess.Popen[bytes], Path]] = []
     try:
-        print(f"starting vLLM with {model} (log: {log})", flush=True)
-        wait_until_up(f"http://127.0.0.1:{port}/health", process, log)
-        yield Endpoint(f"http://127.0.0.1:{port}/v1", key, model)
+        for gpu in gpus.split(","):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", WATCHDOG, *command, "--port", port, *arguments], stdin=subprocess.PIPE, stdout=out,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                    env={**environment, "CUDA_VISIBLE_DEVICES": gpu if torch.cuda.is_available() else ""},
+                )  # fmt: skip
+            servers.append((f"http://127.0.0.1:{port}", process, log))
+            print(f"starting vLLM with {model} (log: {log})", flush=True)
+        for url, process, log in servers:
+            wait_until_up(f"{url}/health", process, log)
+        yield Endpoint(",".join(f"{url}/v1" for url, _, _ in servers), key, model)
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
+        for _, process, _ in servers:
+            assert process.stdin is not None
+            process.stdin.close()
+        for _, process, _ in servers:
+            process.wait()
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path, patience: float = 1800) -> None:
@@ -548,9 +564,10 @@ def ask_judge(judge: Judge, instruction: str, output: str) -> Judgement:
     within `max_thinking` tokens makes the judgement unusable: it gets no score.
     """
     prompt = judge_prompt(judge.tokenizer, instruction, output, judge.reasoning)
+    server = judge.endpoint.replica()
     thinking, spent = "", 0
     if judge.reasoning:
-        thought = judge.endpoint.sample(
+        thought = server.sample(
             prompt, model=judge.adapter, max_tokens=judge.max_thinking, stop=[THINK_CLOSE],
             temperature=judge.temperature, top_p=0.95, extra={"top_k": 20, "include_stop_str_in_output": True},
         )[0]  # fmt: skip
@@ -559,8 +576,8 @@ def ask_judge(judge: Judge, instruction: str, output: str) -> Judgement:
             return Judgement(None, None, [], thinking, spent)
         prompt = prompt + thought.tokens_T + encode(judge.tokenizer, AFTER_THINKING)
     ids = label_token_ids(judge.tokenizer)
-    answer = judge.endpoint.client.completions.create(
-        model=judge.adapter or judge.endpoint.model, prompt=prompt, max_tokens=1, temperature=1.0, logprobs=len(ids),
+    answer = server.client.completions.create(
+        model=judge.adapter or server.model, prompt=prompt, max_tokens=1, temperature=1.0, logprobs=len(ids),
         extra_body={"allowed_token_ids": ids, "return_tokens_as_token_ids": True},
     )  # fmt: skip
     top = {int(token.removeprefix("token_id:")): p for token, p in answer.choices[0].logprobs.top_logprobs[0].items()}
