@@ -24,10 +24,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -144,6 +147,96 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0, chunk: i
 
 
 # ---------------------------------------------------------------------------------------------
+# Several GPUs: one process (a rank) on each, with the same weights. Every rank works on its share of
+# a batch; one sum over the gradients of the adapter, and all take the same optimiser step.
+# ---------------------------------------------------------------------------------------------
+
+
+def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
+    """Call `work(*arguments)` as one rank on each of `gpus`; on a CPU their number counts.
+
+    A single rank runs in this process. Several are started by torch, and end with this process
+    even by kill -9; `work` and `arguments` travel by pickle. An error in one ends them all.
+    """
+    import torch
+
+    devices = gpus.split(",")
+    if len(devices) == 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(gpus))
+        work(*arguments)
+        torch.cuda.empty_cache()  # a server may want this memory next
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        torch.multiprocessing.spawn(enter_rank, (devices, port, os.getpid(), work, arguments), nprocs=len(devices))
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise SystemExit(error.exit_code) from None
+
+
+def enter_rank(rank: int, devices: list[str], port: int, parent: int, work: Callable[..., None], arguments: Any) -> None:
+    import torch
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(devices[rank]))
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
+        backend = "gloo"
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group(backend, init_method=address, rank=rank, world_size=len(devices))
+    work(*arguments)
+    torch.distributed.destroy_process_group()
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks) of this process; (0, 1) where there is only one."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    if world()[1] > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def over_ranks(values: Sequence[float], how: str = "SUM") -> list[float]:
+    """The sums (or with `how` MAX, the maxima) of `values` over the ranks."""
+    import torch
+    import torch.distributed as dist
+
+    if world()[1] == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo
+    dist.all_reduce(numbers, getattr(dist.ReduceOp, how))
+    return numbers.tolist()
+
+
+def sum_gradients(model: Any) -> None:
+    """Give every rank the sum of all ranks' gradients. A rank without a share brings zeros."""
+    import torch
+
+    if world()[1] == 1:
+        return
+    parameters = trainable(model)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
+
+
+# ---------------------------------------------------------------------------------------------
 # The model, and training that can stop anywhere.
 # ---------------------------------------------------------------------------------------------
 
@@ -238,7 +331,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> f
 
 
 def sft(options: dict[str, Any], folder: Path, pairs: Sequence[Pair]) -> None:
-    """Minimise the mean cross-entropy of the answer tokens of `pairs`; one adapter an epoch."""
+    """Minimise the mean cross-entropy of the answer tokens of `pairs`; one adapter an epoch. Runs on every rank."""
     import torch
 
     batches = math.ceil(len(pairs) / options["batch"])
@@ -248,12 +341,14 @@ def sft(options: dict[str, Any], folder: Path, pairs: Sequence[Pair]) -> None:
         return
     model = load_model(options["model"], state, options["lora_rank"], options["lora_modules"], options["seed"])
     optimizer = make_optimizer(model, options["lr"])
+    rank, ranks = world()
     if state:
         restore_optimizer(optimizer, model, state)
-        print(f"going on after step {first} of {steps}")
-    rewind_metrics(folder / "metrics.jsonl", first)
+    if rank == 0:
+        print(f"going on after step {first} of {steps}" if state else f"{steps} steps")
+        rewind_metrics(folder / "metrics.jsonl", first)
 
-    for step in tqdm(range(first, steps), initial=first, total=steps, desc="fine-tuning"):
+    for step in tqdm(range(first, steps), initial=first, total=steps, desc="fine-tuning", disable=rank > 0):
         began = time.perf_counter()
         epoch, place = divmod(step, batches)
         order = random.Random(f"{options['seed']} {epoch}").sample(range(len(pairs)), len(pairs))
@@ -261,10 +356,14 @@ def sft(options: dict[str, Any], folder: Path, pairs: Sequence[Pair]) -> None:
         batch = sorted(pairs[i] for i in order[place * options["batch"] : (place + 1) * options["batch"]])
         tokens = sum(len(answer) for _, answer in batch)
         loss = 0.0
-        for packed in pack(batch, options["tokens_per_pass"]):
+        # Neighbours stay together, so that a rank's share still has a common prefix.
+        share = batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
+        for packed in pack(share, options["tokens_per_pass"]):
             part = -answer_logprobs(model, packed).sum() / tokens
             part.backward()
             loss += part.item()
+        sum_gradients(model)
+        (loss,) = over_ranks([loss])
         norm = torch.nn.utils.clip_grad_norm_(trainable(model), 1.0).item()
         if not math.isfinite(norm):
             annotate.fail(f"{folder}: the gradient of step {step} is not finite. Lower --lr ({options['lr']}).")
@@ -273,6 +372,8 @@ def sft(options: dict[str, Any], folder: Path, pairs: Sequence[Pair]) -> None:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
+        if rank:
+            continue
         record = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "answer_tokens": tokens}
         annotate.append_jsonl(folder / "metrics.jsonl", {**record, "seconds": time.perf_counter() - began})
         if (step + 1) % batches == 0:
@@ -402,7 +503,7 @@ def main(
     tokens_per_pass: int | None = option("tokens_per_pass", "Tokens of one forward pass: memory, not the result, depends on it."),
     save_every: int | None = option("save_every", "Optimiser steps between two saved states."),
     threads: int | None = option("threads", "Judge calls in flight at once."),
-    gpus: str | None = option("gpus", "GPUs of the validation server."),
+    gpus: str | None = option("gpus", "GPUs that train, one rank on each, and then serve for validation."),
     seed: int | None = option("seed", "Seed of the adapter and of the order of examples."),
 ) -> None:  # fmt: skip
     options = annotate.settle(PRESETS if reasoning else DIRECT, run, preset, {**locals(), "lora_modules": lora_modules or None})
@@ -426,7 +527,7 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
         ]
         fitting = [p for p in pairs if len(p[0]) <= options["max_prompt"] and len(p[1]) <= options["max_thinking"]]
         print(f"{len(fitting)} examples; {len(pairs) - len(fitting)} left out, longer than the limits")
-        sft(options, folder, fitting)
+        on_ranks(sft, options["gpus"], options, folder, fitting)
         choose_epoch(options, run, folder, tokenizer, validation)
     judge = json.loads((folder / "judge.json").read_text())
     print(f"{folder}: epoch {judge['epoch']}. On validation: {describe(judge['validation'])}")

@@ -31,19 +31,24 @@ Simpler than the paper, and why:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import os
 import random
 import re
+import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from tqdm import tqdm
@@ -117,7 +122,7 @@ def grpo_loss(
 
 
 # ---------------------------------------------------------------------------------------------
-# Sample and reward.
+# Sample and reward, as one stream.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -127,26 +132,37 @@ class Rollout:
 
     row: dict[str, Any]
     prompt: list[int]
-    tokens_T: list[int]
-    logprobs_T: list[float]
-    text: str
-    finished: bool
+    sample: Any  # tokens_T, logprobs_T, text, finished: annotate.Sample
     reward: float | None
     notes: dict[str, Any]
     advantage: float = 0.0
 
 
-Reward = Callable[[dict[str, Any], Any], tuple[float | None, dict[str, Any]]]
+Verdict = tuple[float | None, dict[str, Any]]  # reward, what to note down beside it
 
 
 @dataclass
 class Task:
-    """What the loop is asked to maximise: it knows nothing else of judges and policies."""
+    """What the loop is asked to maximise: it knows nothing else of judges and policies.
+
+    `rewards(row, samples_G, calls)` is given the futures of a group's samples, and the pool in which
+    to ask its judge; it returns the group's verdicts, in order.
+    """
 
     rows: Sequence[dict[str, Any]]
     prompt: Callable[[dict[str, Any]], list[int]]
-    reward: Reward  # (row, sample) -> reward, what to note down
+    rewards: Callable[[dict[str, Any], Sequence[Future[Any]], Executor], list[Verdict]]
     start: Path | None  # adapter to begin with
+
+
+def one_by_one(reward: Callable[[dict[str, Any], Any], Verdict]) -> Callable[..., list[Verdict]]:
+    """`Task.rewards` for a pointwise reward: each rollout is judged the moment it is finished."""
+
+    def rewards(row: dict[str, Any], samples_G: Sequence[Future[Any]], calls: Executor) -> list[Verdict]:
+        judged = {sample: calls.submit(reward, row, sample.result()) for sample in as_completed(samples_G)}
+        return [judged[sample].result() for sample in samples_G]
+
+    return rewards
 
 
 def prompts_of_step(rows: Sequence[dict[str, Any]], step: int, prompts: int, seed: int) -> list[dict[str, Any]]:
@@ -160,31 +176,31 @@ def prompts_of_step(rows: Sequence[dict[str, Any]], step: int, prompts: int, see
 
 
 def collect(
-    endpoint: Any, adapter: str, task: Task, rows_P: Sequence[dict[str, Any]], options: dict[str, Any]
+    endpoint: Any, adapter: str, task: Task, rows: Sequence[dict[str, Any]], options: dict[str, Any]
 ) -> tuple[list[list[Rollout]], dict[str, float]]:
-    """P groups of G rewarded rollouts, and the seconds that sampling and the rest of judging took."""
+    """A group of G rewarded rollouts for each of `rows`, and the seconds that sampling, and then judging, took."""
     began = time.perf_counter()
-    with ThreadPoolExecutor(options["threads"]) as pool:
+    ends = [began]
 
-        def sample_group(row: dict[str, Any]) -> list[tuple[Any, Future[Any]]]:
-            samples = endpoint.sample(
-                task.prompt(row), n=options["group"], model=adapter,
-                temperature=options["temperature"], max_tokens=options["max_tokens"],
-            )  # fmt: skip
-            return [(sample, pool.submit(task.reward, row, sample)) for sample in samples]
+    def one_group(row: dict[str, Any]) -> list[Rollout]:
+        prompt, server = task.prompt(row), endpoint.replica()  # one server computes the prompt once for all
 
-        sampled = list(pool.map(sample_group, rows_P))
-        seconds = {"sample_seconds": time.perf_counter() - began}
-        groups = []
-        for row, group in zip(rows_P, sampled):
-            prompt = task.prompt(row)
-            rewards = [future.result() for _, future in group]
-            groups.append([
-                Rollout(row, prompt, s.tokens_T, s.logprobs_T, s.text, s.finished, reward, notes)
-                for (s, _), (reward, notes) in zip(group, rewards)
-            ])  # fmt: skip
-    seconds["judge_seconds"] = time.perf_counter() - began - seconds["sample_seconds"]
-    return groups, seconds
+        def draw() -> Any:
+            (sample,) = server.sample(prompt, model=adapter, temperature=options["temperature"], max_tokens=options["max_tokens"])
+            ends.append(time.perf_counter())
+            return sample
+
+        samples_G = [calls.submit(draw) for _ in range(options["group"])]
+        verdicts = task.rewards(row, samples_G, calls)
+        return [Rollout(row, prompt, s.result(), reward, notes) for s, (reward, notes) in zip(samples_G, verdicts)]
+
+    with ThreadPoolExecutor(max(1, len(rows))) as groups, ThreadPoolExecutor(options["threads"]) as calls:
+        found = list(groups.map(one_group, rows))
+    for group in found:
+        for rollout, advantage in zip(group, group_advantages([r.reward for r in group], options["std_floor"])):
+            rollout.advantage = advantage
+    sampled = max(ends)
+    return found, {"sample_seconds": sampled - began, "judge_seconds": time.perf_counter() - sampled}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,7 +209,7 @@ def collect(
 
 
 def update(model: Any, optimizer: Any, groups: Sequence[Sequence[Rollout]], options: dict[str, Any]) -> dict[str, float]:
-    """One optimiser step of eq. 2 on `groups`; statistics over its tokens.
+    """One optimiser step of eq. 2 on `groups`, this rank's share of a minibatch; statistics over all ranks.
 
     Rollouts without reward do not count. Rollouts with advantage 0 count in the mean, but without
     a KL term they have no gradient and are not run.
@@ -202,66 +218,78 @@ def update(model: Any, optimizer: Any, groups: Sequence[Sequence[Rollout]], opti
 
     rewarded = [r for group in groups for r in group if r.reward is not None]
     rollouts = [r for r in rewarded if r.advantage or options["beta"]]
-    stats = {"tokens": 0.0, "clipped_low": 0.0, "clipped_high": 0.0, "gap": 0.0, "gap_max": 0.0, "kl": 0.0}
+    count, active = sft.over_ranks([len(rewarded), len(rollouts)])
+    if not active:
+        return dict.fromkeys(("tokens", "clipped_low", "clipped_high", "gap", "kl", "gap_max", "grad_norm"), 0.0)
+    clip = (options["clip_low"], options["clip_high"])
+    sums: Counter[str] = Counter()
+    gap_max = 0.0
     device = next(model.parameters()).device
 
     def per_token(members: Sequence[Rollout], value: Callable[[Rollout], Sequence[float]]) -> torch.Tensor:
         return torch.tensor([x for r in members for x in value(r)], dtype=torch.float32, device=device)
 
-    for packed in sft.pack([(r.prompt, r.tokens_T) for r in rollouts], options["tokens_per_pass"]):
+    for packed in sft.pack([(r.prompt, r.sample.tokens_T) for r in rollouts], options["tokens_per_pass"]):
         members = [rollouts[i] for i in dict.fromkeys(packed.owners_A)]
-        old_A = per_token(members, lambda r: r.logprobs_T)
-        advantages_A = per_token(members, lambda r: [r.advantage] * len(r.tokens_T))
-        weights_A = per_token(members, lambda r: [1 / (len(r.tokens_T) * len(rewarded))] * len(r.tokens_T))
+        old_A = per_token(members, lambda r: r.sample.logprobs_T)
+        advantages_A = per_token(members, lambda r: [r.advantage] * len(r.sample.tokens_T))
+        weights_A = per_token(members, lambda r: [1 / (len(r.sample.tokens_T) * count)] * len(r.sample.tokens_T))
         reference_A = None
         if options["beta"]:
             with torch.no_grad(), model.disable_adapter():
                 reference_A = sft.answer_logprobs(model, packed, options["temperature"])
         logprobs_A = sft.answer_logprobs(model, packed, options["temperature"])
-        clip = (options["clip_low"], options["clip_high"])
         grpo_loss(logprobs_A, old_A, advantages_A, weights_A, clip, options["beta"], reference_A).backward()
 
         with torch.no_grad():
-            ratio = (logprobs_A - old_A).exp()
-            stats["tokens"] += len(old_A)
-            stats["clipped_low"] += ((ratio < 1 - clip[0]) & (advantages_A < 0)).sum().item()
-            stats["clipped_high"] += ((ratio > 1 + clip[1]) & (advantages_A > 0)).sum().item()
-            stats["gap"] += (logprobs_A - old_A).abs().sum().item()
-            stats["gap_max"] = max(stats["gap_max"], (logprobs_A - old_A).abs().max().item())
+            gap_A = logprobs_A - old_A
+            gap_max = max(gap_max, gap_A.abs().max().item())
+            sums["tokens"] += len(old_A)
+            sums["gap"] += gap_A.abs().sum().item()
+            sums["clipped_low"] += ((gap_A.exp() < 1 - clip[0]) & (advantages_A < 0)).sum().item()
+            sums["clipped_high"] += ((gap_A.exp() > 1 + clip[1]) & (advantages_A > 0)).sum().item()
             if reference_A is not None:
-                stats["kl"] += ((reference_A - logprobs_A).exp() - (reference_A - logprobs_A) - 1).sum().item()
-    norm = torch.nn.utils.clip_grad_norm_(sft.trainable(model), 1.0).item() if rollouts else 0.0
-    if not math.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite; lower --lr")
-    if rollouts:
-        optimizer.step()
-        optimizer.zero_grad()
-    share = {key: stats[key] / max(1, stats["tokens"]) for key in ("clipped_low", "clipped_high", "gap", "kl")}
-    return {**stats, **share, "grad_norm": norm}
+                sums["kl"] += ((reference_A - logprobs_A).exp() - (reference_A - logprobs_A) - 1).sum().item()
+    sft.sum_gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(sft.trainable(model), 1.0).item()
+    names = ("tokens", "clipped_low", "clipped_high", "gap", "kl")
+    tokens, *others = sft.over_ranks([sums[name] for name in names])
+    (gap_max,) = sft.over_ranks([gap_max], "MAX")
+    if not math.isfinite(norm) or gap_max > EXPLODED:
+        raise FloatingPointError(f"the gradient's norm is {norm}, the largest |log ratio| of a token {gap_max:.1f}")
+    optimizer.step()
+    optimizer.zero_grad()
+    shares = dict(zip(names[1:], (value / tokens for value in others)))
+    return {"tokens": tokens, **shares, "gap_max": gap_max, "grad_norm": norm}
 
 
-def publish(endpoint: Any, model: Any, folder: Path, step: int, old: str | None) -> str:
-    """Serve the adapter as it is after `step` steps under a name of its own; retire the name `old`.
+def publish(endpoint: Any, model: Any, folder: Path, name: str, old: str | None) -> None:
+    """Serve the adapter as it is now as `name`; retire `old`, with which nothing is sampled any more.
 
     Never the same name twice: the server would go on with the old weights, or with the old
     weights' prefix cache, without a word.
     """
-    name = f"step-{step:06d}"
-    model.save_pretrained(folder / "served" / name)
-    endpoint.load_adapter(name, folder / "served" / name)
     if old:
         endpoint.unload_adapter(old)
         shutil.rmtree(folder / "served" / old)
-    return name
+    model.save_pretrained(folder / "served" / name)
+    endpoint.load_adapter(name, folder / "served" / name)
 
 
 # ---------------------------------------------------------------------------------------------
 # The loop.
 # ---------------------------------------------------------------------------------------------
 
+EXPLODED = 20.0  # |log ratio| of a token that no sound update brings about: e^20
+LOST_SERVER = 75  # exit status of a rank whose server is gone (EX_TEMPFAIL)
 
-def grpo(options: dict[str, Any], folder: Path, endpoint: Any, task: Task) -> None:
-    """Train for `options["steps"]` steps; goes on from the newest saved state in `folder`."""
+
+def grpo(options: dict[str, Any], folder: Path, endpoint: Any, task: Task, lineage: str = "step") -> None:
+    """Train for `options["steps"]` steps, on every rank; goes on from the newest saved state in `folder`.
+
+    `lineage` begins the names under which adapters are served: new for every start of a command.
+    """
+    rank, ranks = sft.world()
     first, state = sft.latest_state(folder)
     model = sft.load_model(
         options["model"], state or task.start, options["lora_rank"], options["lora_modules"], options["seed"]
@@ -269,63 +297,124 @@ def grpo(options: dict[str, Any], folder: Path, endpoint: Any, task: Task) -> No
     optimizer = sft.make_optimizer(model, options["lr"])
     if state:
         sft.restore_optimizer(optimizer, model, state)
-        print(f"going on after step {first} of {options['steps']}")
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        sft.rewind_metrics(folder / name, first)
-    shutil.rmtree(folder / "served", ignore_errors=True)
-    served = publish(endpoint, model, folder, first, None)
+    size = math.ceil(options["prompts"] / options["minibatches"])
 
-    bar = tqdm(range(first, options["steps"]), initial=first, total=options["steps"], desc=folder.name)
-    for step in bar:
+    def name(step: int) -> str:  # of the adapter after `step` steps
+        return f"{lineage}-{step:06d}"
+
+    def sample(step: int, adapter: str) -> tuple[list[list[list[Rollout]]], dict[str, float]]:
+        """This rank's groups of `step`, minibatch by minibatch."""
         rows_P = prompts_of_step(task.rows, step, options["prompts"], options["seed"])
-        groups, seconds = collect(endpoint, served, task, rows_P, options)
-        for group in groups:
-            for rollout, advantage in zip(group, group_advantages([r.reward for r in group], options["std_floor"])):
-                rollout.advantage = advantage
+        shares = [rows_P[i : i + size][rank::ranks] for i in range(0, len(rows_P), size)]
+        groups, seconds = collect(endpoint, adapter, task, [row for share in shares for row in share], options)
+        left = iter(groups)
+        return [list(itertools.islice(left, len(share))) for share in shares], seconds
 
+    if rank == 0:
+        print(f"going on after step {first} of {options['steps']}" if state else f"{options['steps']} steps", flush=True)
+        for file in ("metrics.jsonl", "rollouts.jsonl"):
+            sft.rewind_metrics(folder / file, first)
+        shutil.rmtree(folder / "served", ignore_errors=True)
+        publish(endpoint, model, folder, name(first), None)
+    sft.barrier()
+    ahead, upcoming = ThreadPoolExecutor(1), None
+    bar = tqdm(range(first, options["steps"]), initial=first, total=options["steps"], desc=folder.name, disable=rank > 0)
+    for step in bar:
         began = time.perf_counter()
-        size = math.ceil(len(groups) / options["minibatches"])
-        updates = [update(model, optimizer, groups[i : i + size], options) for i in range(0, len(groups), size)]
-        seconds["train_seconds"] = time.perf_counter() - began
-        if updates[0]["gap"] > 0.5:
-            annotate.fail(
-                f"{folder}: before any update of step {step} the trainer's log-probabilities differ from the sampler's "
-                f"by {updates[0]['gap']:.2f} per token on average: the server does not serve the adapter trained here."
-            )
-        if step == 0 and not any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n):
-            print("note: the adapter has not moved in the first step (every group was flat)")
+        try:
+            minibatches, seconds = upcoming.result() if upcoming else sample(step, name(step))
+        except Exception:
+            if rank == 0:  # the step can be repeated from here
+                sft.save_state(folder, step, model, optimizer)
+            raise
+        stale = upcoming is not None
+        last = step + 1 == options["steps"]
+        # With --overlap the next batch is sampled while this one trains, from the adapter of this moment.
+        upcoming = ahead.submit(sample, step + 1, name(step)) if options["overlap"] and not last else None
 
-        began = time.perf_counter()
-        served = publish(endpoint, model, folder, step + 1, served)
-        seconds["publish_seconds"] = time.perf_counter() - began
-        metrics = {"step": step, **measure(groups, options), **merge(updates), **seconds, "lr": options["lr"]}
+        training = time.perf_counter()
+        try:
+            updates = [update(model, optimizer, groups, options) for groups in minibatches]
+        except FloatingPointError as error:
+            stop_for_inspection(folder, step, minibatches, str(error))
+        seconds["train_seconds"] = time.perf_counter() - training
+        if updates[0]["gap"] > 0.5 and not stale:
+            stop_for_inspection(
+                folder, step, minibatches, "before any update the trainer's log-probabilities differ from the sampler's by "
+                f"{updates[0]['gap']:.2f} a token on average: the server does not serve the adapter trained here",
+            )  # fmt: skip
+
+        publishing = time.perf_counter()
+        if rank == 0:
+            retired = step - 1 if options["overlap"] else step
+            publish(endpoint, model, folder, name(step + 1), name(retired) if retired >= first else None)
+        sft.barrier()
+        seconds |= {"publish_seconds": time.perf_counter() - publishing, "seconds": time.perf_counter() - began}
+        groups = gather_groups(step, minibatches)
+        if rank:
+            continue
+        metrics = {"step": step, **measure(groups, options), **merge(updates), **seconds, "stale": stale, "lr": options["lr"]}
         annotate.append_jsonl(folder / "metrics.jsonl", metrics)
-        save_rollouts(folder / "rollouts.jsonl", step, groups, options)
+        save_rollouts(folder / "rollouts.jsonl", groups, options)
         bar.set_postfix({key: metrics[key] and round(metrics[key], 2) for key in ("reward", "length", "invalid")})
         if (step + 1) % options["show_every"] == 0:
             show(groups, step)
-        last = step + 1 == options["steps"]
         if (step + 1) % options["checkpoint_every"] == 0 or last:
             model.save_pretrained(folder / "checkpoints" / f"step-{step + 1:06d}")
         if (step + 1) % options["save_every"] == 0 or last:
             sft.save_state(folder, step + 1, model, optimizer)
-    endpoint.unload_adapter(served)
-    shutil.rmtree(folder / "served")
+    if rank == 0:
+        for served in sorted((folder / "served").glob("*")):
+            endpoint.unload_adapter(served.name)
+        shutil.rmtree(folder / "served")
 
 
-def measure(groups: Sequence[Sequence[Rollout]], options: dict[str, Any]) -> dict[str, Any]:
+def stop_for_inspection(folder: Path, step: int, minibatches: Sequence[Sequence[Sequence[Rollout]]], why: str) -> NoReturn:
+    """End the command; the batch at fault, tokens and log-probabilities included, stays in a file."""
+    path = folder / f"failed-{step:06d}-rank{sft.world()[0]}.jsonl"
+    annotate.write_jsonl(path, [asdict(r) for groups in minibatches for group in groups for r in group])
+    annotate.fail(f"{folder}: step {step} is not sound: {why}. Its batch is in {path}. Lower --lr, or look there.")
+
+
+def gather_groups(step: int, minibatches: Sequence[Sequence[Sequence[Rollout]]]) -> list[list[dict[str, Any]]]:
+    """On rank 0 the step's groups of all ranks, in the order of its prompts, as records to be kept."""
+    rank, ranks = sft.world()
+    mine = [
+        [{
+            "prompt_id": r.row["id"], **{key: r.row[key] for key in ("instruction", "output") if key in r.row},
+            "completion": r.sample.text, "tokens": len(r.sample.tokens_T), "finished": r.sample.finished,
+            "reward": r.reward, "advantage": round(r.advantage, 4), **r.notes,
+        } for r in group]
+        for groups in minibatches for group in groups
+    ]  # fmt: skip
+    if ranks > 1:
+        import torch.distributed as dist
+
+        shares: list[Any] = [None] * ranks
+        dist.gather_object([[len(groups) for groups in minibatches], mine], shares if rank == 0 else None)
+        if rank:
+            return []
+        left = [iter(groups) for _, groups in shares]
+        mine = []
+        for counts in zip(*(sizes for sizes, _ in shares)):  # of one minibatch: dealt out in turn
+            parts = [list(itertools.islice(left[r], n)) for r, n in enumerate(counts)]
+            mine += [group for turn in itertools.zip_longest(*parts) for group in turn if group]
+    return [[{"id": f"{step}-{g}-{n}", "step": step, **record} for n, record in enumerate(group)] for g, group in enumerate(mine)]
+
+
+def measure(groups: Sequence[Sequence[dict[str, Any]]], options: dict[str, Any]) -> dict[str, Any]:
     """What the batch says of the policy that sampled it."""
     everyone = [r for group in groups for r in group]
-    rewards = [r.reward for r in everyone if r.reward is not None]
-    spreads = [pstdev([r.reward for r in group if r.reward is not None] or [0.0]) for group in groups]
+    rewards = [r["reward"] for r in everyone if r["reward"] is not None]
+    spreads = [pstdev([r["reward"] for r in group if r["reward"] is not None] or [0.0]) for group in groups]
     return {
-        "prompt_ids": [group[0].row["id"] for group in groups],
+        "prompt_ids": [group[0]["prompt_id"] for group in groups],
         "reward": fmean(rewards) if rewards else None,
         "reward_std": fmean(spreads),
         "flat_groups": fmean(spread < max(options["std_floor"], 1e-9) for spread in spreads),
-        "length": fmean(len(r.tokens_T) for r in everyone),
-        "truncated": fmean(not r.finished for r in everyone),
-        "invalid": fmean(r.notes.get("invalid", False) for r in everyone),
+        "length": fmean(r["tokens"] for r in everyone),
+        "truncated": fmean(not r["finished"] for r in everyone),
+        "invalid": fmean(r.get("invalid", False) for r in everyone),
         "rollouts": len(everyone),
     }
 
@@ -340,22 +429,17 @@ def merge(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def save_rollouts(path: Path, step: int, groups: Sequence[Sequence[Rollout]], options: dict[str, Any]) -> None:
+def save_rollouts(path: Path, groups: Sequence[Sequence[dict[str, Any]]], options: dict[str, Any]) -> None:
     """Keep the first `save_rollouts` rollouts of the step."""
-    everyone = [r for group in groups for r in group][: options["save_rollouts"]]
-    for number, r in enumerate(everyone):
-        row = {key: r.row[key] for key in ("instruction", "output") if key in r.row}
-        annotate.append_jsonl(path, {
-            "id": f"{step}-{number}", "step": step, **row, "completion": r.text, "finished": r.finished,
-            "reward": r.reward, "advantage": round(r.advantage, 4), **r.notes,
-        })  # fmt: skip
+    for record in [r for group in groups for r in group][: options["save_rollouts"]]:
+        annotate.append_jsonl(path, record)
 
 
-def show(groups: Sequence[Sequence[Rollout]], step: int) -> None:
+def show(groups: Sequence[Sequence[dict[str, Any]]], step: int) -> None:
     """Print the best and the worst rollout of the first group: look at them, not only at the curve."""
-    group = sorted((r for r in groups[0] if r.reward is not None), key=lambda r: r.reward or 0)
+    group = sorted((r for r in groups[0] if r["reward"] is not None), key=lambda r: r["reward"])
     for name, r in (("worst", group[0]), ("best", group[-1])) if group else ():
-        tqdm.write(f"  step {step}, {name} of a group, reward {r.reward:.2f}: {' '.join(r.text.split())[:160]}")
+        tqdm.write(f"  step {step}, {name} of a group, reward {r['reward']:.2f}: {' '.join(r['completion'].split())[:160]}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,10 +447,9 @@ def show(groups: Sequence[Sequence[Rollout]], step: int) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def judge_task(options: dict[str, Any], run: Path, tokenizer: Any, judge: dict[str, Any], start: Path) -> Task:
+def judge_task(run: Path, judge: dict[str, Any], start: Path) -> Task:
     """A judge against gold labels: eq. 1."""
-    rows = sft.labelled(run, "judge_train")
-    reasoning = judge["reasoning"]
+    rows, tokenizer, reasoning = sft.labelled(run, "judge_train"), annotate.load_tokenizer(judge["model"]), judge["reasoning"]
 
     def prompt(row: dict[str, Any]) -> list[int]:
         return annotate.judge_prompt(tokenizer, row["instruction"], row["output"], reasoning)
@@ -375,11 +458,12 @@ def judge_task(options: dict[str, Any], run: Path, tokenizer: Any, judge: dict[s
         score = read_score(sample.text, reasoning) if sample.finished else None
         return verifiable_reward(score, row["label"]), {"label": score, "gold": row["label"], "invalid": score is None}
 
-    return Task([r for r in rows if len(prompt(r)) <= judge["max_prompt"]], prompt, reward, start)
+    return Task([r for r in rows if len(prompt(r)) <= judge["max_prompt"]], prompt, one_by_one(reward), start)
 
 
-def policy_task(options: dict[str, Any], run: Path, tokenizer: Any, judge: Any) -> Task:
+def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
     """A policy against a frozen judge: the expected score."""
+    tokenizer = annotate.load_tokenizer(options["model"])
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
 
     def prompt(row: dict[str, Any]) -> list[int]:
@@ -390,7 +474,7 @@ def policy_task(options: dict[str, Any], run: Path, tokenizer: Any, judge: Any) 
         return verdict.expected, {"label": verdict.label, "thinking": verdict.thinking, "invalid": verdict.label is None}
 
     chosen = [r for r in rows if r["split"] == "policy_train" and len(prompt(r)) <= options["max_prompt"]]
-    return Task(chosen, prompt, reward, None)
+    return Task(chosen, prompt, one_by_one(reward), None)
 
 
 def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -410,30 +494,118 @@ def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "judge.json").read_text())
 
 
+# ---------------------------------------------------------------------------------------------
+# Where everything runs: servers on their GPUs, ranks on theirs.
+# ---------------------------------------------------------------------------------------------
+
+Door = tuple[str, str, str]  # url, key, model: an annotate.Endpoint that can travel to another process
+
+
+def memory_shares(places: dict[str, str], train_gpus: str) -> dict[str, float]:
+    """The share of its GPUs' memory for each server of `places` (role -> GPUs).
+
+    A server alone on a GPU takes 0.9 of it; servers that share one, equal parts. Where a rank
+    trains too, half of the GPU is left to it.
+    """
+    users = Counter(gpu for gpus in places.values() for gpu in gpus.split(","))
+    room = {gpu: (0.45 if gpu in train_gpus.split(",") else 0.9) / n for gpu, n in users.items()}
+    return {role: min(room[gpu] for gpu in gpus.split(",")) for role, gpus in places.items()}
+
+
 @contextlib.contextmanager
-def serve_policy_and_judge(options: dict[str, Any], judge: dict[str, Any], folder: Path, run: Path) -> Iterator[tuple[Any, Any]]:
-    """Endpoints of policy and judge: one server with two adapters where they share the base model."""
-    share = {"gpus": options["gpus"], "memory": options["gpu_memory"]}
-    judge_len = judge["max_prompt"] + judge["max_thinking"] + 16
-    policy_len = options["max_prompt"] + options["max_tokens"]
-    modules = sorted({*options["lora_modules"], *judge["lora_modules"]})
+def serve_judge(options: dict[str, Any], run: Path) -> Iterator[Door]:
+    """The server of a judge that is trained itself."""
+    (share,) = memory_shares({"judge": options["judge_gpus"]}, options["train_gpus"]).values()
+    with annotate.serve(
+        options["model"], run / "logs", max_len=options["max_prompt"] + options["max_tokens"], max_loras=2 + options["overlap"],
+        lora_rank=options["lora_rank"], lora_modules=options["lora_modules"], gpus=options["judge_gpus"], memory=share,
+    ) as endpoint:  # fmt: skip
+        yield endpoint.url, endpoint.key, endpoint.model
+
+
+@contextlib.contextmanager
+def serve_policy_and_judge(options: dict[str, Any], judge: dict[str, Any], adapter: Path, run: Path) -> Iterator[tuple[Door, Door, str]]:
+    """(door to the policy, door to the judge, the judge's served name).
+
+    One server with two adapters where both have the same base model, on the GPUs of both. A role
+    with a URL is served elsewhere already; its server must see the run folder under the same path,
+    allow adapters to be loaded, and report processed log-probabilities (see `annotate.serve`).
+    """
+    roles = {
+        "policy": {"model": options["model"], "lora_rank": options["lora_rank"], "lora_modules": options["lora_modules"],
+                   "max_len": options["max_prompt"] + options["max_tokens"], "max_loras": 1 + options["overlap"]},
+        "judge": {"model": judge["model"], "lora_rank": judge["lora_rank"], "lora_modules": judge["lora_modules"],
+                  "max_len": judge["max_prompt"] + judge["max_thinking"] + 16, "max_loras": 1},
+    }  # fmt: skip
+    urls = {role: options[f"{role}_url"] for role in roles if options[f"{role}_url"]}
+    places = {role: options[f"{role}_gpus"] for role in roles if role not in urls}
+    one = len(places) == 2 and judge["model"] == options["model"]
+    if one:
+        a, b = roles["policy"], roles["judge"]
+        roles["policy"] = {
+            "model": a["model"], "lora_rank": max(a["lora_rank"], b["lora_rank"]), "lora_modules": sorted({*a["lora_modules"], *b["lora_modules"]}),
+            "max_len": max(a["max_len"], b["max_len"]), "max_loras": a["max_loras"] + b["max_loras"],
+        }  # fmt: skip
+        places = {"policy": ",".join(dict.fromkeys(f"{places['policy']},{places['judge']}".split(",")))}
+    shares = memory_shares(places, options["train_gpus"])
+    for role, gpus in places.items():
+        print(f"{'policy and judge' if one else role}: {roles[role]['model']} on GPU {gpus}, {shares[role]:.0%} of its memory")
+    print(f"training: {len(options['train_gpus'].split(','))} rank(s) on GPU {options['train_gpus']}", flush=True)
     with contextlib.ExitStack() as stack:
-        if judge["model"] == options["model"]:
-            rank = max(options["lora_rank"], judge["lora_rank"])
-            policy = stack.enter_context(annotate.serve(
-                options["model"], run / "logs", max_len=max(policy_len, judge_len), lora_rank=rank, max_loras=3, lora_modules=modules, **share,
-            ))  # fmt: skip
-            ours = policy
-        else:
-            share["memory"] /= 2
-            policy = stack.enter_context(annotate.serve(
-                options["model"], run / "logs", max_len=policy_len, lora_rank=options["lora_rank"], max_loras=2, lora_modules=options["lora_modules"], **share,
-            ))  # fmt: skip
-            ours = stack.enter_context(annotate.serve(
-                judge["model"], run / "logs", max_len=judge_len, lora_rank=judge["lora_rank"], lora_modules=judge["lora_modules"], **share,
-            ))  # fmt: skip
-        ours.load_adapter("judge", folder / judge["adapter"])
-        yield policy, sft.open_judge(ours, annotate.load_tokenizer(judge["model"]), "judge", judge)
+        doors: dict[str, Any] = {
+            role: annotate.Endpoint(url, os.environ.get(f"{role.upper()}_API_KEY", "none"), roles[role]["model"]) for role, url in urls.items()
+        }
+        for role, gpus in places.items():
+            doors[role] = stack.enter_context(annotate.serve(logs=run / "logs", gpus=gpus, memory=shares[role], **roles[role]))
+        doors.setdefault("judge", doors["policy"])
+        name = f"judge-{secrets.token_hex(3)}"
+        doors["judge"].load_adapter(name, adapter)
+        yield *((doors[role].url, doors[role].key, doors[role].model) for role in ("policy", "judge")), name  # type: ignore[misc]
+
+
+def judge_rank(options: dict[str, Any], run: Path, folder: Path, judge: dict[str, Any], start: Path, door: Door, lineage: str) -> None:
+    """What each rank of `03_rl.py judge` does."""
+    on_rank(options, folder, annotate.Endpoint(*door), lambda: judge_task(run, judge, start), lineage)
+
+
+def policy_rank(
+    options: dict[str, Any], run: Path, folder: Path, judge: dict[str, Any], doors: tuple[Door, Door, str], lineage: str
+) -> None:
+    """What each rank of `03_rl.py policy` does."""
+    policy, ours, name = doors
+
+    def task() -> Task:
+        served = sft.open_judge(annotate.Endpoint(*ours), annotate.load_tokenizer(judge["model"]), name, judge)
+        return policy_task(options, run, served)
+
+    on_rank(options, folder, annotate.Endpoint(*policy), task, lineage)
+
+
+def on_rank(options: dict[str, Any], folder: Path, endpoint: Any, task: Callable[[], Task], lineage: str) -> None:
+    import openai
+
+    try:
+        grpo(options, folder, endpoint, task(), lineage)
+    except (openai.APIConnectionError, openai.InternalServerError, OSError) as error:
+        print(f"rank {sft.world()[0]}: a server is lost ({error})", flush=True)
+        raise SystemExit(LOST_SERVER) from None
+
+
+def with_servers(serving: Callable[[], contextlib.AbstractContextManager[Any]], folder: Path, train_gpus: str, rank: Callable[..., None], *arguments: Any) -> None:
+    """Run `rank` on the ranks with fresh servers. Where one dies, start again, as long as steps get done between deaths."""
+    reached = -1
+    while True:
+        with serving() as doors:
+            try:
+                return sft.on_ranks(rank, train_gpus, *arguments, doors, f"step-{secrets.token_hex(3)}")
+            except SystemExit as end:
+                step, _ = sft.latest_state(folder)
+                if end.code != LOST_SERVER:
+                    raise
+                if step <= reached:
+                    annotate.fail(f"a server died twice at step {step}: see the newest files in {folder.parent.parent / 'logs'}.")
+                reached = step
+        print(f"starting servers again, to go on after step {step}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -448,13 +620,13 @@ SHARED = {
     "save_every": (1, 10, 10),
     "show_every": (5, 10, 10),
     "threads": (64, 256, 1024),
-    "gpus": ("0", "0", "0,1,2,3,4,5,6"),
-    "gpu_memory": (0.5, 0.5, 0.9),
-    "train_gpu": (0, 0, 7),
+    "overlap": (False, False, False),
     "seed": (0, 0, 0),
 }
 JUDGE = {
     **SHARED,
+    "judge_gpus": ("0", "0", "0,1,2,3,4,5"),
+    "train_gpus": ("0", "0", "6,7"),
     "steps": (4, 100, 150),
     "prompts": (4, 64, 256),
     "minibatches": (2, 4, 4),
@@ -467,6 +639,11 @@ JUDGE = {
 }
 POLICY = {
     **SHARED,
+    "policy_gpus": ("0", "0", "0,1"),
+    "judge_gpus": ("0", "0", "2,3,4,5"),
+    "train_gpus": ("0", "0", "6,7"),
+    "policy_url": ("", "", ""),
+    "judge_url": ("", "", ""),
     "model": (annotate.LAPTOP_MODEL, "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
     "lora_rank": (16, 32, 64),
     "lora_modules": (sft.ATTENTION, sft.LINEAR, sft.LINEAR),
@@ -490,9 +667,12 @@ HELP = {
     "save_every": "Steps between two saved states: what a killed run loses at most.",
     "show_every": "Steps between two printed pairs of rollouts.",
     "threads": "Requests in flight at once.",
-    "gpus": "GPUs of the servers, one replica on each.",
-    "gpu_memory": "Share of the memory of these GPUs that the servers take.",
-    "train_gpu": "The GPU that trains.",
+    "overlap": "Sample the next batch while this one trains: it comes from an adapter one step old, which eq. 2's ratio corrects for.",
+    "policy_gpus": "GPUs of the policy's servers, one replica on each (on a CPU: how many).",
+    "judge_gpus": "GPUs of the judge's servers, one replica on each (on a CPU: how many).",
+    "train_gpus": "GPUs that train, one rank on each (on a CPU: how many ranks). May be the servers' own. Paper: 32 A100 + 32 for the judge.",
+    "policy_url": "Ask a policy server that runs already (…/v1; key in POLICY_API_KEY) instead of starting one.",
+    "judge_url": "Ask a judge server that runs already (…/v1; key in JUDGE_API_KEY) instead of starting one.",
     "seed": "Seed of the adapter and of the order of prompts.",
     "steps": "Steps, each of --minibatches optimiser steps. Paper: 100-200 (judge), up to 1200 (policy).",
     "prompts": "P, prompts of one step; P x G rollouts. Paper: a batch of 2048 (judge), 1024 (policy), silent of what; we read: rollouts.",
@@ -543,27 +723,21 @@ def train_judge(
     save_rollouts: int | None = judge_option("save_rollouts"),
     show_every: int | None = judge_option("show_every"),
     threads: int | None = judge_option("threads"),
-    gpus: str | None = judge_option("gpus"),
-    gpu_memory: float | None = judge_option("gpu_memory"),
-    train_gpu: int | None = judge_option("train_gpu"),
+    overlap: bool | None = judge_option("overlap"),
+    judge_gpus: str | None = judge_option("judge_gpus"),
+    train_gpus: str | None = judge_option("train_gpus"),
     seed: int | None = judge_option("seed"),
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
     options = annotate.settle(JUDGE, run, preset, dict(locals()))
     start, sft_judge = find_judge(run, f"{judge.removesuffix('-sft')}-sft")
     folder = start.with_name(start.name.replace("-sft", "-rl"))
-    kept = {key: sft_judge[key] for key in ("model", "lora_rank", "lora_modules")}
+    kept = {key: sft_judge[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
     options |= {**kept, "beta": 0.0, "judge": start.name}
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
-        use_gpu(options)
-        tokenizer = annotate.load_tokenizer(options["model"])
-        task = judge_task(options, run, tokenizer, sft_judge, start / sft_judge["adapter"])
-        with annotate.serve(
-            options["model"], run / "logs", max_len=sft_judge["max_prompt"] + options["max_tokens"], max_loras=2,
-            lora_rank=kept["lora_rank"], lora_modules=kept["lora_modules"], gpus=options["gpus"], memory=options["gpu_memory"],
-        ) as endpoint:  # fmt: skip
-            grpo(options, folder, endpoint, task)
+        serving = partial(serve_judge, options, run)
+        with_servers(serving, folder, options["train_gpus"], judge_rank, options, run, folder, sft_judge, start / sft_judge["adapter"])
         adapter = f"checkpoints/step-{options['steps']:06d}"
         annotate.write_json(folder / "judge.json", {**sft_judge, "adapter": adapter, "steps": options["steps"]})
     report(folder)
@@ -595,9 +769,12 @@ def train_policy(
     save_rollouts: int | None = policy_option("save_rollouts"),
     show_every: int | None = policy_option("show_every"),
     threads: int | None = policy_option("threads"),
-    gpus: str | None = policy_option("gpus"),
-    gpu_memory: float | None = policy_option("gpu_memory"),
-    train_gpu: int | None = policy_option("train_gpu"),
+    overlap: bool | None = policy_option("overlap"),
+    policy_gpus: str | None = policy_option("policy_gpus"),
+    judge_gpus: str | None = policy_option("judge_gpus"),
+    train_gpus: str | None = policy_option("train_gpus"),
+    policy_url: str | None = policy_option("policy_url"),
+    judge_url: str | None = policy_option("judge_url"),
     seed: int | None = policy_option("seed"),
 ) -> None:  # fmt: skip
     """Train a policy against a judge (its expected score)."""
@@ -608,19 +785,10 @@ def train_policy(
     folder = run / "policies" / judge
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
-        use_gpu(options)
-        tokenizer = annotate.load_tokenizer(options["model"])
-        with serve_policy_and_judge(options, trained, judge_folder, run) as (endpoint, ours):
-            grpo(options, folder, endpoint, policy_task(options, run, tokenizer, ours))
+        serving = partial(serve_policy_and_judge, options, trained, judge_folder / trained["adapter"], run)
+        with_servers(serving, folder, options["train_gpus"], policy_rank, options, run, folder, trained)
         annotate.write_json(folder / "policy.json", {key: options[key] for key in options if key in POLICY or key == "judge"})
     report(folder)
-
-
-def use_gpu(options: dict[str, Any]) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(options["train_gpu"])
 
 
 def report(folder: Path) -> None:

@@ -24,9 +24,14 @@ MUTATIONS = [
     ("03_rl.py", "clamp(1 - low, 1 + high)", "clamp(1 - high, 1 + low)", "clip bounds swapped"),
     ("03_rl.py", "advantages_A).minimum(", "advantages_A).maximum(", "the larger of clipped and unclipped"),
     ("03_rl.py", "difference.exp() - difference - 1", "difference.exp() + difference - 1", "sign in the KL estimator"),
-    ("03_rl.py", "(len(r.tokens_T) * len(rewarded))", "(len(r.tokens_T) * len(members))", "normaliser of the micro-batch, not the step"),
+    ("03_rl.py", "(len(r.sample.tokens_T) * count)", "(len(r.sample.tokens_T) * len(members))", "normaliser of the micro-batch, not the step"),
     ("03_rl.py", "for i in dict.fromkeys(packed.owners_A)]", "for i in reversed(dict.fromkeys(packed.owners_A))]", "rollouts of a group permuted"),
-]
+    ("03_rl.py", "rollout.advantage = advantage", "group[-1].advantage = advantage", "advantages given to another rollout"),
+    ("03_rl.py", "judged[sample].result() for sample in samples_G", "verdict.result() for verdict in judged.values()", "rewards in the order of finishing"),
+    ("02_train_judge.py", "        parameter.grad = part.view_as(parameter)", "        pass", "gradients of the ranks not summed"),
+    ("03_rl.py", "count, active = sft.over_ranks([len(rewarded), len(rollouts)])", "count, active = len(rewarded), len(rollouts)", "normaliser of the rank, not the step"),
+    ("03_rl.py", "rows_P[i : i + size][rank::ranks]", "rows_P[rank::ranks][i : i + size]", "ranks disagree on what a minibatch is"),
+]]
 
 
 def survives(script: str, before: str, after: str) -> bool:

@@ -135,11 +135,11 @@ def test_parsing_of_gold_answers(answers: list[Any], expected: tuple[Any, ...]) 
 
 def test_collect_rewards_every_rollout(server: Any, tokenizer: Any) -> None:
     rows = [{"id": str(i), "instruction": INSTRUCTION} for i in range(2)]
-    task = rl.Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), lambda row, s: (float(len(s.text)), {}), None)
-    options = {"threads": 4, "group": 3, "temperature": 0.7, "max_tokens": 8}
+    task = rl.Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rl.one_by_one(lambda row, s: (float(len(s.text)), {})), None)
+    options = {"threads": 4, "group": 3, "temperature": 0.7, "max_tokens": 8, "std_floor": 0.1}
     groups, seconds = rl.collect(server, server.model, task, rows, options)
     assert [len(group) for group in groups] == [3, 3] and seconds["sample_seconds"] > 0
-    assert all(r.reward == len(r.text) and len(r.tokens_T) == len(r.logprobs_T) for group in groups for r in group)
+    assert all(r.reward == len(r.sample.text) and len(r.sample.tokens_T) == len(r.sample.logprobs_T) for group in groups for r in group)
 
 
 # --- no server outlives its script ---------------------------------------------------------------

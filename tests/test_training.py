@@ -18,6 +18,10 @@ rl = import_module("03_rl")
 
 @pytest.fixture
 def tiny() -> Any:
+    return random_llama()
+
+
+def random_llama() -> Any:
     """A random two-layer Llama in float64: small enough to compare gradients exactly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -231,7 +235,7 @@ def rollouts(seed: int) -> list[list[Any]]:
         rewards = [5.0] * 4 if start == 4 else [rng.uniform(0, 9) for _ in range(3)] + [None if start else 1.0]
         advantages = rl.group_advantages(rewards, 0.1)
         groups.append([
-            rl.Rollout({"id": "x"}, p, a, [math.log(rng.uniform(0.004, 0.04)) for _ in a], "", True, r, {}, adv)
+            rl.Rollout({"id": "x"}, p, annotate.Sample(a, [math.log(rng.uniform(0.004, 0.04)) for _ in a], "", True), r, {}, adv)
             for (p, a), r, adv in zip(pairs[start : start + 4], rewards, advantages)
         ])  # fmt: skip
     return groups
@@ -267,8 +271,8 @@ def test_update_is_the_gradient_of_equation_2(tiny: Any, budget: int, monkeypatc
     groups = rollouts(seed=3)
     rewarded = [r for group in groups for r in group if r.reward is not None]
     assert len(rewarded) == 11 and any(r.advantage == 0 for r in rewarded)
-    new = [reference_logprobs(tiny, r.prompt, r.tokens_T, 0.7) for r in rewarded]
-    old = [torch.tensor(r.logprobs_T, dtype=torch.float64) for r in rewarded]
+    new = [reference_logprobs(tiny, r.prompt, r.sample.tokens_T, 0.7) for r in rewarded]
+    old = [torch.tensor(r.sample.logprobs_T, dtype=torch.float64) for r in rewarded]
     reference_loss(new, old, [r.advantage for r in rewarded], (0.2, 0.3), 0.0, old).backward()
     expected = [p.grad.clone() for p in tiny.parameters()]
     tiny.zero_grad()
