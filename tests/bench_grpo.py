@@ -16,6 +16,7 @@ memory_ratio (the training process's peak above what it holds once the model is 
     python tests/bench_grpo.py --growth                    how a step's cost grows (picture)
 """
 
+import itertools
 import json
 import os
 import random
@@ -142,7 +143,7 @@ def run_trl(o: dict[str, Any]) -> dict[str, Any]:
     base = resident()
     trainer.train()
     updates = [when for what, when in marks if what in ("begin", "update")][:: o["minibatches"]]
-    steps = [end - start for start, end in zip(updates, updates[1:])][1:]
+    steps = [end - start for start, end in itertools.pairwise(updates)][1:]
     sampling = [seconds for what, seconds in marks if what == "sampling"][1:]
     assert len(steps) == len(sampling) == o["steps"], (len(steps), len(sampling))
     return {

@@ -1,6 +1,6 @@
 """Put one fault at a time into a copy of the scripts and see that a test fails: python tests/mutations.py
 
-Exit status 1 if a fault goes unnoticed. Takes about a minute: only the fast tests are run.
+Exit status 1 if a fault goes unnoticed. Takes some minutes: only the fast tests are run.
 """
 
 import shutil
@@ -31,7 +31,7 @@ MUTATIONS = [
     ("02_train_judge.py", "        parameter.grad = part.view_as(parameter)", "        pass", "gradients of the ranks not summed"),
     ("03_rl.py", "count, active = sft.over_ranks([len(rewarded), len(rollouts)])", "count, active = len(rewarded), len(rollouts)", "normaliser of the rank, not the step"),
     ("03_rl.py", "rows_P[i : i + size][rank::ranks]", "rows_P[rank::ranks][i : i + size]", "ranks disagree on what a minibatch is"),
-]]
+]
 
 
 def survives(script: str, before: str, after: str) -> bool:
@@ -45,8 +45,8 @@ def survives(script: str, before: str, after: str) -> bool:
         shutil.copytree(ROOT / "tests", copy / "tests")
         (copy / "models").symlink_to(ROOT / "models")
         (copy / script).write_text(text.replace(before, after))
-        names = "loss or update or packed or advantages or equation or alpha or clip"
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_training.py", "-k", names]
+        names = "loss or update or packed or advantages or equation or alpha or clip or same_step or rewards_stay or loop"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_training.py", "tests/test_ranks.py", "-k", names]
         result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert result.returncode in (0, 1), result.stdout
     return result.returncode == 0
