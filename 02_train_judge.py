@@ -505,10 +505,11 @@ def main(
     threads: int | None = option("threads", "Judge calls in flight at once."),
     gpus: str | None = option("gpus", "GPUs that train, one rank on each, and then serve for validation."),
     seed: int | None = option("seed", "Seed of the adapter and of the order of examples."),
+    name: str = typer.Option("", help="Name of the judge's folder, RUN/judges/NAME-sft. Default: direct or reasoning."),
 ) -> None:  # fmt: skip
     options = annotate.settle(PRESETS if reasoning else DIRECT, run, preset, {**locals(), "lora_modules": lora_modules or None})
     options["reasoning"] = reasoning
-    train_judge(options, run, run / "judges" / ("reasoning-sft" if reasoning else "direct-sft"))
+    train_judge(options, run, run / "judges" / f"{name or ('reasoning' if reasoning else 'direct')}-sft")
 
 
 def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
@@ -533,6 +534,10 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
     print(f"{folder}: epoch {judge['epoch']}. On validation: {describe(judge['validation'])}")
 
 
+# What a later stage must know of a judge, beside where its adapter is.
+DESCRIBES = ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "temperature", "max_prompt")
+
+
 def choose_epoch(
     options: dict[str, Any], run: Path, folder: Path, tokenizer: Any, rows: Sequence[dict[str, Any]]
 ) -> None:
@@ -555,7 +560,7 @@ def choose_epoch(
         return -math.inf if math.isnan(value) else value
 
     best = max(scores, key=merit)
-    kept = {key: options[key] for key in ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "temperature", "max_prompt")}
+    kept = {key: options[key] for key in DESCRIBES}
     annotate.write_json(folder / "judge.json", {**kept, "epoch": best, "adapter": f"epoch-{best}", "validation": scores[best]})
 
 

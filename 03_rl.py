@@ -44,6 +44,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -447,7 +448,7 @@ def show(groups: Sequence[Sequence[dict[str, Any]]], step: int) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def judge_task(run: Path, judge: dict[str, Any], start: Path) -> Task:
+def judge_task(run: Path, judge: dict[str, Any], start: Path | None) -> Task:
     """A judge against gold labels: eq. 1."""
     rows, tokenizer, reasoning = sft.labelled(run, "judge_train"), annotate.load_tokenizer(judge["model"]), judge["reasoning"]
 
@@ -563,7 +564,7 @@ def serve_policy_and_judge(options: dict[str, Any], judge: dict[str, Any], adapt
         yield *((doors[role].url, doors[role].key, doors[role].model) for role in ("policy", "judge")), name  # type: ignore[misc]
 
 
-def judge_rank(options: dict[str, Any], run: Path, folder: Path, judge: dict[str, Any], start: Path, door: Door, lineage: str) -> None:
+def judge_rank(options: dict[str, Any], run: Path, folder: Path, judge: dict[str, Any], start: Path | None, door: Door, lineage: str) -> None:
     """What each rank of `03_rl.py judge` does."""
     on_rank(options, folder, annotate.Endpoint(*door), lambda: judge_task(run, judge, start), lineage)
 
@@ -620,6 +621,7 @@ SHARED = {
     "save_every": (1, 10, 10),
     "show_every": (5, 10, 10),
     "threads": (64, 256, 1024),
+    "beta": (0.0, 0.0, 0.0),
     "overlap": (False, False, False),
     "seed": (0, 0, 0),
 }
@@ -651,7 +653,6 @@ POLICY = {
     "prompts": (4, 32, 128),
     "minibatches": (2, 4, 4),
     "lr": (1e-3, 2e-5, 2e-5),
-    "beta": (0.0, 0.0, 0.0),
     "temperature": (0.7, 0.7, 0.7),
     "max_prompt": (256, 2048, 2048),
     "max_tokens": (32, 2048, 2048),
@@ -691,6 +692,11 @@ HELP = {
 }
 
 
+class Start(StrEnum):
+    sft = "sft"
+    base = "base"
+
+
 def judge_option(name: str) -> Any:
     return annotate.option(JUDGE, name, HELP[name])
 
@@ -706,12 +712,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__
 def train_judge(
     run: Path = annotate.RUN,
     preset: annotate.Preset | None = annotate.PRESET,  # type: ignore[name-defined]
-    judge: str = typer.Option("reasoning", help="The judge of stage 2 to go on with: reasoning or direct."),
+    judge: str = typer.Option("reasoning", help="The judge of stage 2 to go on with: reasoning, direct, or a --name of 02."),
+    start: Start = typer.Option(Start.sft, "--from", help="sft: go on from stage 2. base: RL only, from the untrained base model (paper, section 4.1)."),
+    name: str = typer.Option("", help="Name of the new judge's folder, RUN/judges/NAME-rl. Default: the judge's, JUDGE-base with --from base."),
     steps: int | None = judge_option("steps"),
     prompts: int | None = judge_option("prompts"),
     group: int | None = judge_option("group"),
     minibatches: int | None = judge_option("minibatches"),
     lr: float | None = judge_option("lr"),
+    beta: float | None = judge_option("beta"),
     std_floor: float | None = judge_option("std_floor"),
     clip_low: float | None = judge_option("clip_low"),
     clip_high: float | None = judge_option("clip_high"),
@@ -730,16 +739,22 @@ def train_judge(
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
     options = annotate.settle(JUDGE, run, preset, dict(locals()))
-    start, sft_judge = find_judge(run, f"{judge.removesuffix('-sft')}-sft")
-    folder = start.with_name(start.name.replace("-sft", "-rl"))
-    kept = {key: sft_judge[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
-    options |= {**kept, "beta": 0.0, "judge": start.name}
+    judge = judge.removesuffix("-sft")
+    if start == Start.base:
+        described = {**annotate.settle(sft.PRESETS, run, preset, {}), "reasoning": "direct" not in judge}
+        described = {key: described[key] for key in sft.DESCRIBES} | {"max_thinking": options["max_tokens"]}
+        adapter, origin = None, "base"
+    else:
+        source, described = find_judge(run, f"{judge}-sft")
+        adapter, origin = source / described["adapter"], source.name
+    folder = run / "judges" / f"{name or (judge if adapter else f'{judge}-base')}-rl"
+    options |= {**{key: described[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}, "judge": origin}
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         serving = partial(serve_judge, options, run)
-        with_servers(serving, folder, options["train_gpus"], judge_rank, options, run, folder, sft_judge, start / sft_judge["adapter"])
-        adapter = f"checkpoints/step-{options['steps']:06d}"
-        annotate.write_json(folder / "judge.json", {**sft_judge, "adapter": adapter, "steps": options["steps"]})
+        with_servers(serving, folder, options["train_gpus"], judge_rank, options, run, folder, described, adapter)
+        last = f"checkpoints/step-{options['steps']:06d}"
+        annotate.write_json(folder / "judge.json", {**described, "adapter": last, "steps": options["steps"]})
     report(folder)
 
 
@@ -748,6 +763,7 @@ def train_policy(
     run: Path = annotate.RUN,
     preset: annotate.Preset | None = annotate.PRESET,  # type: ignore[name-defined]
     judge: str = typer.Option(..., help="The judge to please: direct or reasoning (its RL-trained form, if there is one), or a folder's name in RUN/judges."),
+    name: str = typer.Option("", help="Name of the policy's folder, RUN/policies/NAME. Default: the judge's."),
     model: str | None = policy_option("model"),
     lora_rank: int | None = policy_option("lora_rank"),
     lora_modules: list[str] | None = policy_option("lora_modules"),
@@ -782,7 +798,7 @@ def train_policy(
     judge_folder, trained = find_judge(run, judge)
     options["judge"] = judge_folder.name
     print(f"judge: {judge_folder}")
-    folder = run / "policies" / judge
+    folder = run / "policies" / (name or judge)
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
         serving = partial(serve_policy_and_judge, options, trained, judge_folder / trained["adapter"], run)
