@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import secrets
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def instructions(count: int) -> list[str]:
 
 
 def run_ours(o: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, annotate.serve(
+        o["model"], Path(folder), max_len=256 + o["tokens"], lora_rank=16, max_loras=2, lora_modules=sft.ATTENTION
+    ) as endpoint:  # fmt: skip
+        return our_steps(endpoint, o)
+
+
+def our_steps(endpoint: Any, o: dict[str, Any]) -> dict[str, Any]:
     base = 0.0
     load = sft.load_model
 
@@ -73,7 +81,6 @@ def run_ours(o: dict[str, Any]) -> dict[str, Any]:
         base = resident()
         return model
 
-    sft.load_model = measured
     options = {
         "model": o["model"], "lora_rank": 16, "lora_modules": sft.ATTENTION, "seed": 0, "lr": 1e-4, "steps": o["steps"] + 1,
         "prompts": o["prompts"], "group": o["group"], "minibatches": o["minibatches"], "threads": 1024, "temperature": 0.7,
@@ -81,15 +88,20 @@ def run_ours(o: dict[str, Any]) -> dict[str, Any]:
         "std_floor": 0.0, "save_rollouts": 0, "show_every": 10**9, "checkpoint_every": 10**9, "save_every": 10**9, "overlap": o["overlap"],
     }  # fmt: skip
     rows = [{"id": str(n), "instruction": text} for n, text in enumerate(instructions(o["prompts"] * (o["steps"] + 1)))]
-    with tempfile.TemporaryDirectory() as folder, annotate.serve(
-        o["model"], Path(folder), max_len=256 + o["tokens"], lora_rank=16, max_loras=2, lora_modules=sft.ATTENTION
-    ) as endpoint:  # fmt: skip
-        tokenizer = annotate.load_tokenizer(o["model"])
-        sample = endpoint.sample
-        endpoint.sample = lambda prompt, **more: sample(prompt, extra={"ignore_eos": True}, **more)
-        task = rl.Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rl.one_by_one(lambda row, s: (reward(s.text), {})), None)
-        rl.grpo(options, Path(folder), endpoint, task)
-        metrics = annotate.read_jsonl(Path(folder) / "metrics.jsonl")[1:]
+    tokenizer = annotate.load_tokenizer(o["model"])
+
+    class Fixed(annotate.Endpoint):  # type: ignore[misc, name-defined]
+        def sample(self, prompt: list[int], **more: Any) -> Any:
+            return super().sample(prompt, extra={"ignore_eos": True}, **more)
+
+    task = rl.Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rl.one_by_one(lambda row, s: (reward(s.text), {})), None)
+    sft.load_model = measured
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            rl.grpo(options, Path(folder), Fixed(endpoint.url, endpoint.key, endpoint.model), task, f"step-{secrets.token_hex(3)}")
+            metrics = annotate.read_jsonl(Path(folder) / "metrics.jsonl")[1:]
+    finally:
+        sft.load_model = load
     assert all(m["length"] == o["tokens"] and m["flat_groups"] == 0 for m in metrics)
     return {
         "step": statistics.median(m["seconds"] for m in metrics),
@@ -242,16 +254,17 @@ def growth(o: dict[str, Any], picture: Path) -> list[dict[str, Any]]:
     rows = []
     series = {"prompts": [2, 4, 8, 16], "tokens": [16, 32, 64, 128], "group": [3, 6, 12, 24]}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", sharey=True)
-    for axis, (name, values) in zip(axes, series.items()):
-        for value in values:
-            rows.append({"varied": name, "value": value, **side("ours", {**o, name: value})})
-            print(rows[-1], flush=True)
-        mine = [r for r in rows if r["varied"] == name]
-        for key, style in (("step", "o-"), ("sample", "s--"), ("train", "^:")):
-            axis.plot(values, [r[key] for r in mine], style, label=key)
-        axis.set(xlabel={"prompts": "prompts a step", "tokens": "tokens a rollout", "group": "rollouts a prompt"}[name], xscale="log", yscale="log")
-        axis.set_xticks(values, [str(v) for v in values])
-        axis.grid(alpha=0.3)
+    with tempfile.TemporaryDirectory() as folder, annotate.serve(
+        o["model"], Path(folder), max_len=512, lora_rank=16, max_loras=2, lora_modules=sft.ATTENTION
+    ) as endpoint:  # fmt: skip
+        for axis, (name, values) in zip(axes, series.items()):
+            mine = [{"varied": name, "value": value, **our_steps(endpoint, {**o, name: value})} for value in values]
+            for key, style in (("step", "o-"), ("sample", "s--"), ("train", "^:")):
+                axis.plot(values, [r[key] for r in mine], style, label=key)
+            axis.set(xlabel={"prompts": "prompts a step", "tokens": "tokens a rollout", "group": "rollouts a prompt"}[name], xscale="log", yscale="log")
+            axis.set_xticks(values, [str(v) for v in values])
+            axis.grid(alpha=0.3)
+            rows += mine
     axes[0].set_ylabel("seconds")
     axes[0].legend()
     figure.savefig(picture, dpi=150)

@@ -1,6 +1,7 @@
 """Every command of the README at its smallest, as a user runs it, on real servers and real training."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -125,6 +126,32 @@ def test_killed_and_resumed_policy_ends_like_an_uninterrupted_one(finished: Any)
         shutil.rmtree(other, ignore_errors=True)
 
 
+def test_two_ranks_two_servers_and_one_of_them_dies(finished: Any) -> None:
+    """Ranks share each step's prompts; a server killed in mid-run is replaced and the run ends whole."""
+    line = f"{COMMANDS[4].replace('--judge direct', '--judge direct-sft --name ranks')} --train-gpus 0,1 --policy-gpus 0,1 --overlap"
+    folder = RUN / "policies" / "ranks"
+    output = RUN / "ranks.log"
+    try:
+        with output.open("wb") as log:
+            process = subprocess.Popen([sys.executable, *line.replace("--steps 2", "--steps 4").split()], cwd=ROOT, stdout=log, stderr=log)
+        while import_module("02_train_judge").latest_state(folder)[0] < 1:
+            assert process.poll() is None, output.read_text()
+            time.sleep(0.1)
+        servers = [pid for pid in processes_naming("vllm.entrypoints") if b"import os, signal" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(servers) == 2
+        os.kill(servers[0], signal.SIGKILL)
+        assert process.wait(timeout=600) == 0, output.read_text()
+        assert "starting servers again" in output.read_text()
+        metrics = annotate.read_jsonl(folder / "metrics.jsonl")
+        assert [m["step"] for m in metrics] == [0, 1, 2, 3] and any(m["stale"] for m in metrics)
+        assert all(m["rollouts"] == 6 and len(m["prompt_ids"]) == 2 for m in metrics)
+        assert all(m["gap"] < 1e-3 for m in metrics if not m["stale"])
+        assert not processes_naming("vllm.entrypoints")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        output.unlink()
+
+
 def test_changed_options_do_not_mix(finished: Any) -> None:
     before = snapshot()
     result = command(COMMANDS[4].replace("--group 3", "--group 2"))
@@ -141,8 +168,6 @@ def test_gold_by_a_live_chat_model(server: Any, tmp_path: Path) -> None:
     turns = [[{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "An answer."}] for i in range(16)]
     rows = [{"prompt": f"Question {i}?", "chosen": t, "rejected": t, "source": "off-policy" if i < 8 else "other"} for i, t in enumerate(turns)]
     annotate.write_jsonl(tmp_path / "rows.jsonl", rows)
-    import os
-
     sizes = "--judge-train 4 --judge-validation 2 --judge-test 2 --policy-train 2 --policy-test 2"
     result = command(
         f"01_annotate.py --preset laptop --run {tmp_path}/run --data {tmp_path}/rows.jsonl {sizes} --gold {server.model} "
