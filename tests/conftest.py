@@ -1,5 +1,6 @@
 """Shared fixtures. Tests run from the repository's root; every request goes to 127.0.0.1."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -49,4 +50,16 @@ def processes_naming(text: str) -> list[int]:
                 found.append(int(path.parent.name))
         except OSError:  # it ended while we looked
             continue
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Ids of the living processes below `pid`, the nearest first (Linux)."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found, level = [], [pid]
+    while level := [child for child, parent in parents.items() if parent in level]:
+        found += level
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, command, processes_naming
+from conftest import ROOT, command, descendants, processes_naming
 
 annotate = import_module("01_annotate")
 
@@ -137,16 +137,16 @@ def test_two_ranks_two_servers_and_one_of_them_dies(finished: Any) -> None:
         while import_module("02_train_judge").latest_state(folder)[0] < 1:
             assert process.poll() is None, output.read_text()
             time.sleep(0.1)
-        servers = [pid for pid in processes_naming("vllm.entrypoints") if b"import os, signal" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(servers) == 2
-        os.kill(servers[0], signal.SIGKILL)
+        ours = descendants(process.pid)
+        server = next(pid for pid in ours if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[2:3] == [b"vllm.entrypoints.openai.api_server"])
+        os.kill(server, signal.SIGKILL)
         assert process.wait(timeout=600) == 0, output.read_text()
         assert "starting servers again" in output.read_text()
         metrics = annotate.read_jsonl(folder / "metrics.jsonl")
         assert [m["step"] for m in metrics] == [0, 1, 2, 3] and any(m["stale"] for m in metrics)
         assert all(m["rollouts"] == 6 and len(m["prompt_ids"]) == 2 for m in metrics)
         assert all(m["gap"] < 1e-3 for m in metrics if not m["stale"])
-        assert not processes_naming("vllm.entrypoints")
+        assert not {pid for pid in ours if Path(f"/proc/{pid}").exists()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         output.unlink()
