@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -168,12 +168,13 @@ def one_by_one(reward: Callable[[dict[str, Any], Any], Verdict]) -> Callable[...
 
 def prompts_of_step(rows: Sequence[dict[str, Any]], step: int, prompts: int, seed: int) -> list[dict[str, Any]]:
     """The rows of `step`: a new seeded order in every pass over the data, a function of the step alone."""
-    chosen = []
-    for index in range(step * prompts, (step + 1) * prompts):
-        epoch, place = divmod(index, len(rows))
-        order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-        chosen.append(rows[order[place]])
-    return chosen
+
+    @cache
+    def order(epoch: int) -> list[int]:
+        return random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
+
+    places = (divmod(index, len(rows)) for index in range(step * prompts, (step + 1) * prompts))
+    return [rows[order(epoch)[place]] for epoch, place in places]
 
 
 def collect(
