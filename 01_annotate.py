@@ -851,7 +851,7 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
     and candidate that is left out is counted by cause.
     """
     path = Path(data)
-    if path.exists():
+    if path.is_file():
         places = [place for place, _ in scan_jsonl(path, COLUMNS, mend=False)]
         size, row_at = len(places), lambda number: record_at(path, places[number])
     else:
@@ -956,6 +956,8 @@ def ask_gold(
     Only a finished answer counts, and of it only the final text, which must match `wanted` as a
     whole; otherwise the text is None and `cause` says why. The server's reasoning parser keeps the
     reasoning apart (gpt-oss: the analysis channel); a model without one may put it first, in `<think>`.
+    gpt-oss may say something in a third channel, commentary, before the final one: vLLM puts both in
+    the final text, which then does not match.
     """
     import openai
 

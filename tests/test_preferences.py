@@ -287,6 +287,9 @@ def test_a_judge_trained_with_rubrics_is_asked_with_them(tokenizer: Any) -> None
     class Server:
         model = "m"
 
+        def replica(self) -> Any:
+            return self
+
         def sample(self, prompt: list[int], **settings: Any) -> Any:
             seen.append(prompt)
             raise Stop
