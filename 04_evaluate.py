@@ -52,7 +52,7 @@ def trained_judges(run: Path) -> dict[str, dict[str, Any]]:
     for name, judge in found.items():
         judge["adapter"] = run / "judges" / name / judge["adapter"]
     first = next(iter(found.values()))
-    return {BASE: {**first, "reasoning": False, "adapter": None}, **found}
+    return {BASE: {**first, "reasoning": False, "adapter": None, "rubrics": False}, **found}
 
 
 def trained_policies(run: Path) -> dict[str, dict[str, Any]]:
