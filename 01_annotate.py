@@ -381,6 +381,11 @@ def show_plan(parts: Iterable[Part], preset: str, rate: float | None, seconds: f
     print(f"hours: {speed:,.0f} token/s written or trained on ({source}), reading {READING} times as fast; retries not counted")
 
 
+def preset_values(table: Table, preset: str) -> dict[str, Any]:
+    """The options of `table` with the values of `preset`."""
+    return {name: values[list(Preset).index(Preset(preset))] for name, values in table.items()}
+
+
 def peek(path: Path, limit: int = 1000) -> list[dict[str, Any]]:
     """The first records of `path`, if it exists, which is not changed."""
     return [record for _, record in itertools.islice(scan_jsonl(path, mend=False), limit)]
@@ -408,12 +413,13 @@ def expect(run: Path, preset: str, options: dict[str, Any] | None = None) -> dic
     folder = run / "annotations"
     if options is None:
         begun = (folder / "config.json").exists()
-        options = read_options(folder) if begun else {k: v[list(Preset).index(Preset(preset))] for k, v in PRESETS.items()}
+        options = read_options(folder) if begun else preset_values(PRESETS, preset)
     template = options["data"] == "template"
     labels = peek(folder / "labels.jsonl")
     pairs = [(row["instruction"], row["output"]) for row in peek(folder / "outputs.jsonl")]
     if not pairs and not template:
-        found = [(r["prompt"], answer_of(r["chosen"], r["prompt"])[0]) for r in peek(Path(options["data"])) if isinstance(r["prompt"], str)]
+        rows = [row for row in peek(Path(options["data"])) if isinstance(row["prompt"], str)]
+        found = [(row["prompt"], answer_of(row["chosen"], row["prompt"])[0]) for row in rows]
         pairs = [(prompt, answer) for prompt, answer in found if answer]
     texts = [instruction for instruction, _ in pairs] or (template_instructions() if template else [])
     reasoning = 50 if options["gold"] == "oracle" else ASSUMED_REASONING[options["gold_effort"]]
@@ -846,14 +852,15 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
     """(instruction -> one or two candidate outputs, for at most `rows` instructions; all other instructions).
 
     `data` is a hub id or a JSONL file with the columns of the Tulu 3 preference mixture. Candidates
-    are taken from off-policy rows, which only `source` tells apart; a row that is not needed for the
-    judges gives an instruction for the policies. An instruction counts once, by its words. Every row
-    and candidate that is left out is counted by cause.
+    are taken from off-policy rows, which only `source` tells apart (from any row of a data set whose
+    sources say nothing of it); a row that is not needed for the judges gives an instruction for the
+    policies. An instruction counts once, by its words. Every row and candidate that is left out is
+    counted by cause.
     """
     path = Path(data)
     if path.is_file():
-        places = [place for place, _ in scan_jsonl(path, COLUMNS, mend=False)]
-        size, row_at = len(places), lambda number: record_at(path, places[number])
+        places = [(place, str(row["source"])) for place, row in scan_jsonl(path, COLUMNS, mend=False)]
+        sources, row_at = Counter(source for _, source in places), lambda number: record_at(path, places[number][0])
     else:
         import datasets
 
@@ -863,16 +870,16 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
             fail(f"--data {data}: no such file, and no data set that can be loaded ({str(error).splitlines()[0]})")
         if missing := [name for name in COLUMNS if name not in table.column_names]:
             fail(f"--data {data}: without the column {', '.join(missing)}; it has {', '.join(table.column_names)}.")
-        size, row_at = len(table), table.__getitem__
+        sources, row_at = Counter(map(str, table["source"])), table.__getitem__
     candidates: dict[str, list[str]] = {}
     others: list[str] = []
     seen: set[str] = set()
-    sources: Counter[str] = Counter()
     fate: Counter[str] = Counter()
+    off_policy = [source for source in sources if re.search("off.policy|persona", source)] or list(sources)
+    size = sources.total()
     for number in tqdm(random.Random(seed).sample(range(size), size), desc="reading preferences"):
         row = row_at(number)
-        prompt, source = row["prompt"], str(row["source"])
-        sources[source] += 1
+        prompt = row["prompt"]
         words = prompt.split() if isinstance(prompt, str) else []
         key = instruction_id(" ".join(words))
         answers = [answer_of(row[column], prompt) for column in ("chosen", "rejected")] if words else []
@@ -884,7 +891,7 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
             fate["row dropped: prompt too long"] += 1
         elif key in seen:
             fate["row dropped: prompt seen before"] += 1
-        elif len(candidates) < rows and re.search("off.policy|persona", source):
+        elif len(candidates) < rows and str(row["source"]) in off_policy:
             good = [text for text, _ in answers if text is not None and len(text) <= max_chars]
             fate.update(f"candidate dropped: {oddity}" for text, oddity in answers if text is None)
             fate["candidate dropped: too long"] += sum(text is not None for text, _ in answers) - len(good)
@@ -898,7 +905,7 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
             fate["row used for policies"] += 1
             seen.add(key)
             others.append(prompt)
-    print(f"{data}: {size} rows")
+    print(f"{data}: {size:,} rows, candidates from {', '.join(off_policy)}")
     for name, count in [*sources.most_common(), *sorted(fate.items())]:
         if count:
             print(f"  {count:8,}  {name}")

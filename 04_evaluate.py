@@ -184,7 +184,7 @@ def plan_evaluation(run: Path, gold_curve: bool) -> list[Any]:
         names = sorted(path.parent.name for path in run.glob("judges/*/judge.json")) or ["direct-sft", "reasoning-sft", "reasoning-rl"]
         return [judgements(name, facts["judge_test"], folder / "judges" / f"{name}.jsonl") for name in [BASE, *names]]
     rl = import_module("03_rl")
-    usual = {name: values[list(annotate.Preset).index(annotate.Preset(options["preset"]))] for name, values in rl.POLICY.items()}
+    usual = annotate.preset_values(rl.POLICY, options["preset"])
     policies = [annotate.read_options(path.parent) for path in run.glob("policies/*/config.json")]
     policies = policies or [{**usual, "judge": judge} for judge in ("direct-sft", "reasoning-rl")]
     outputs = {p["judge"]: facts["policy_test"] * (1 + math.ceil(p["steps"] / p["checkpoint_every"])) for p in policies}

@@ -90,6 +90,12 @@ def test_source_tells_judges_from_policies_and_a_prompt_counts_once(tmp_path: Pa
     assert candidates != read(tmp_path, rows, rows=8, seed=2)[0], "the seed draws the rows"
 
 
+def test_sources_that_say_nothing_of_policies(tmp_path: Path) -> None:
+    rows = [row(f"q {i}", "a", "b", ("helpful", "harmless")[i % 2]) for i in range(12)]
+    candidates, others = read(tmp_path, rows, rows=8)
+    assert len(candidates) == 8 and len(others) == 4
+
+
 def test_the_same_table_through_the_datasets_library(tmp_path: Path, monkeypatch: Any) -> None:
     """The path of a hub data set, with the library's JSON loader in the hub's place."""
     import datasets
@@ -121,8 +127,7 @@ def test_somebody_elses_file_is_not_mended(tmp_path: Path) -> None:
 
 
 def options(**more: Any) -> dict[str, Any]:
-    preset = {name: values[0] for name, values in annotate.PRESETS.items()}
-    return {"preset": "laptop", **preset, **more}
+    return {"preset": "laptop", **annotate.preset_values(annotate.PRESETS, "laptop"), **more}
 
 
 def test_held_out_sets_have_two_outputs_an_instruction(tmp_path: Path, capsys: Any) -> None:
@@ -320,13 +325,11 @@ def last_line(text: str) -> tuple[float, float, float, float]:
     return calls, read, written, hours
 
 
-@pytest.mark.parametrize("line", PLANS)
-@pytest.mark.parametrize("preset", ["laptop", "node"])
+@pytest.mark.parametrize(("preset", "line"), [("laptop", PLANS[0]), *(("node", line) for line in PLANS)])
 def test_every_stage_plans_before_anything_has_run(tmp_path: Path, line: str, preset: str) -> None:
     preset_option = "" if line.startswith("04") else f"--preset {preset}"
     if line.startswith("04"):  # takes its preset from the run
-        values = {name: v[list(annotate.Preset).index(annotate.Preset(preset))] for name, v in annotate.PRESETS.items()}
-        annotate.record_config(tmp_path / "run" / "annotations", {"preset": preset, **values})
+        annotate.record_config(tmp_path / "run" / "annotations", {"preset": preset, **annotate.preset_values(annotate.PRESETS, preset)})
     before = snapshot(tmp_path)
     result = command(f"{line} --run {tmp_path / 'run'} {preset_option} --plan --tokens-per-second 1000")
     assert result.returncode == 0, result.stderr
