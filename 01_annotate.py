@@ -1111,9 +1111,12 @@ def main(
     wanted = ["labels", *(f"labels-{effort}" for effort in also), *(["rubrics"] if rubrics else [])]
     if not all((folder / f"{name}.json").exists() for name in wanted):
         annotate(options, folder, logs, wanted)
-    show_histogram(json.loads((folder / "labels.json").read_text())["labels"])
-    for name in wanted[1:]:
-        print(f"{folder / name}.jsonl: {json.loads((folder / f'{name}.json').read_text())}")
+    done = {name: json.loads((folder / f"{name}.json").read_text()) for name in wanted}
+    show_histogram(done["labels"]["labels"])
+    counts = {"labels": done["labels"]["unusable"], **{name: done[name] for name in wanted[1:]}}
+    for name, causes in counts.items():
+        if causes:
+            print(f"{folder / name}.jsonl: " + ", ".join(f"{cause} {count}" for cause, count in causes.items()))
 
 
 def plan_annotations(options: dict[str, Any], run: Path, also: list[str], rubrics: bool) -> list[Part]:
