@@ -425,7 +425,34 @@ def agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def pair_agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How often pairwise judgements name gold's choice, in per cent; also by the place of that choice.
+
+    A judge without position bias is as often right where gold chose the first as where it chose the
+    second output. Unusable judgements are left out and counted in `invalid`.
+    """
+    usable = [j for j in judgements if j["label"] is not None]
+
+    def right(rows: Sequence[dict[str, Any]]) -> float:
+        return 100 * sum(j["label"] == j["gold"] for j in rows) / len(rows) if rows else math.nan
+
+    return {
+        "accuracy": right(usable),
+        "accuracy_1": right([j for j in usable if j["gold"] == 1]),
+        "accuracy_2": right([j for j in usable if j["gold"] == 2]),
+        "says_1": 100 * sum(j["label"] == 1 for j in usable) / max(1, len(usable)),
+        "invalid": 100 * (1 - len(usable) / max(1, len(judgements))),
+        "thinking_tokens": sum(j["thinking_tokens"] for j in judgements) / max(1, len(judgements)),
+        "n": len(judgements),
+    }
+
+
 def describe(scores: dict[str, float]) -> str:
+    if "accuracy" in scores:
+        return (
+            f"accuracy {scores['accuracy']:.1f} % (gold chose the first: {scores['accuracy_1']:.0f} %, the second: {scores['accuracy_2']:.0f} %), "
+            f"invalid {scores['invalid']:.1f} %, {scores['thinking_tokens']:.0f} thinking tokens, n = {scores['n']}"
+        )
     return (
         f"alpha {scores['alpha']:.1f} (expected score {scores['alpha_expected']:.1f}), exact {scores['exact']:.0f} %, "
         f"invalid {scores['invalid']:.1f} %, {scores['thinking_tokens']:.0f} thinking tokens, n = {scores['n']}"
@@ -436,20 +463,20 @@ def judge_rows(path: Path, judge: Any, rows: Iterable[dict[str, Any]], label: st
     """The judgements of annotated `rows` by `judge`, kept in `path`: {id, gold, label, expected, …}."""
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        verdict = asdict(annotate.ask_judge(judge, row["instruction"], row["output"]))
+        verdict = asdict(annotate.ask_judge(judge, row["instruction"], row["output"], row.get("other")))
         return {"gold": row["label"], **verdict, "probabilities": [round(p, 4) for p in verdict["probabilities"]]}
 
     return annotate.complete(path, {row["id"]: row for row in rows}, work, label, threads)
 
 
-def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "") -> list[dict[str, Any]]:
-    """The annotated outputs of `split` that carry a gold label (and a reasoning, if asked for).
+def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "", pairwise: bool = False) -> list[dict[str, Any]]:
+    """The annotated outputs (or pairs) of `split` that carry a gold label (and a reasoning, if asked for).
 
     With `effort`, another than that of labels.jsonl: those reasoned about at that effort, with the same label.
     """
     folder = run / "annotations"
-    name = f"labels-{effort}" if effort else "labels"
-    annotate.need(folder / f"{name}.json", f"01_annotate.py --run {run}" + (f" --efforts {effort}" if effort else ""))
+    name, flag = ("pairs", " --pairs") if pairwise else (f"labels-{effort}", f" --efforts {effort}") if effort else ("labels", "")
+    annotate.need(folder / f"{name}.json", f"01_annotate.py --run {run}{flag}")
     rows = annotate.scan_jsonl(folder / f"{name}.jsonl", ["id", "split", "instruction", "output", "label", "reasoning"])
     return [r for _, r in rows if r["split"] == split and r["label"] is not None and (r["reasoning"] or not reasoning)]
 
@@ -496,6 +523,7 @@ def main(
     preset: annotate.Preset | None = annotate.PRESET,  # type: ignore[name-defined]
     reasoning: bool = typer.Option(..., "--reasoning/--no-reasoning", help="Learn the gold judge's reasoning, or its label alone."),
     effort: str = typer.Option("", help="Effort of the reasoning to learn: low, medium or high, as labelled by 01 (--efforts). Default: that of the labels."),
+    pairwise: bool = typer.Option(False, "--pairwise", help="Learn which of two outputs is better, from the pairs of 01 (--pairs)."),
     rubrics: bool = typer.Option(False, "--rubrics", help="Show the judge gold's rubric of each instruction, in training and wherever it judges."),
     model: str | None = option("model", "The judge's base model. Paper: Qwen3-1.7B to 14B."),
     lora_rank: int | None = option("lora_rank", "Rank of the adapter: 1, 8, 16, 32, 64, 128, 256 (as vLLM serves). Paper: full fine-tuning."),
@@ -522,10 +550,14 @@ def main(
     begun = (run / "annotations" / "config.json").exists()
     if begun and effort == annotate.reference_effort(annotate.read_options(run / "annotations")):
         effort = ""
-    options |= {key: value for key, value in (("effort", effort), ("rubrics", rubrics)) if value}
+    if pairwise and effort:
+        annotate.fail("--pairwise has the labels' own effort only; leave out --effort.")
+    if pairwise and max_thinking is None:
+        options["max_thinking"] *= 2  # two outputs are reasoned about
+    options |= {key: value for key, value in (("effort", effort), ("rubrics", rubrics), ("pairwise", pairwise)) if value}
     if plan:
         return annotate.show_plan(plan_training(options, run), options["preset"], tokens_per_second)
-    kind = "-".join(word for word in ("reasoning" if reasoning else "direct", effort, "rubrics" * rubrics) if word)
+    kind = "-".join(word for word in ("reasoning" if reasoning else "direct", "pairwise" * pairwise, effort, "rubrics" * rubrics) if word)
     train_judge(options, run, run / "judges" / f"{name or kind}-sft")
 
 
@@ -543,8 +575,9 @@ def plan_training(options: dict[str, Any], run: Path) -> list[Any]:
 
 
 def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
-    train = labelled(run, "judge_train", options["reasoning"], options.get("effort", ""))
-    validation = labelled(run, "judge_validation")
+    pairwise = options.get("pairwise", False)
+    train = labelled(run, "judge_train", options["reasoning"], options.get("effort", ""), pairwise)
+    validation = labelled(run, "judge_validation", pairwise=pairwise)
     rubrics = annotate.read_rubrics(run) if options.get("rubrics") else None
     if not train or not validation:
         annotate.fail(f"{run}/annotations: {len(train)} examples to train on, {len(validation)} to validate on.")
@@ -553,7 +586,7 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
         tokenizer = annotate.load_tokenizer(options["model"])
         pairs = [
             (
-                annotate.judge_prompt(tokenizer, row["instruction"], row["output"], options["reasoning"], annotate.find_rubric(rubrics, row["instruction"])),
+                annotate.judge_prompt(tokenizer, annotate.row_messages(row, rubrics), options["reasoning"]),
                 annotate.judge_answer(tokenizer, row["label"], row["reasoning"] if options["reasoning"] else None),
             )
             for row in train
@@ -568,7 +601,7 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
 
 # What a later stage must know of a judge, beside where its adapter is.
 DESCRIBES = ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "temperature", "max_prompt")
-VARIANTS = ("effort", "rubrics")  # the same, where a judge has them
+VARIANTS = ("effort", "rubrics", "pairwise")  # the same, where a judge has them
 
 
 def choose_epoch(
@@ -576,7 +609,7 @@ def choose_epoch(
 ) -> None:
     """Judge the validation outputs with each epoch's adapter; the best one becomes the judge.
 
-    Best: the highest alpha times the share of usable judgements.
+    Best: the highest alpha (or accuracy) times the share of usable judgements.
     """
     scores = {}
     with serve_judges(options, run) as endpoint:
@@ -584,12 +617,12 @@ def choose_epoch(
             endpoint.load_adapter(f"epoch-{epoch}", folder / f"epoch-{epoch}")
             judge = open_judge(endpoint, tokenizer, f"epoch-{epoch}", options, run)
             verdicts = judge_rows(folder / f"validation-{epoch}.jsonl", judge, rows, f"epoch {epoch}", options["threads"])
-            scores[epoch] = agreement(verdicts)
+            scores[epoch] = (pair_agreement if options.get("pairwise") else agreement)(verdicts)
             print(f"epoch {epoch}: {describe(scores[epoch])}")
             endpoint.unload_adapter(f"epoch-{epoch}")
 
     def merit(epoch: int) -> float:
-        value = scores[epoch]["alpha"] * (1 - scores[epoch]["invalid"] / 100)
+        value = scores[epoch]["accuracy" if options.get("pairwise") else "alpha"] * (1 - scores[epoch]["invalid"] / 100)
         return -math.inf if math.isnan(value) else value
 
     best = max(scores, key=merit)
@@ -604,7 +637,7 @@ def open_judge(endpoint: Any, tokenizer: Any, adapter: str | None, judge: dict[s
     """
     rubrics = annotate.read_rubrics(run) if judge.get("rubrics") else None
     return annotate.Judge(
-        endpoint, tokenizer, adapter, judge["reasoning"], judge["max_thinking"], temperature=judge["temperature"], rubrics=rubrics
+        endpoint, tokenizer, adapter, judge["reasoning"], judge["max_thinking"], judge["temperature"], rubrics, judge.get("pairwise", False)
     )
 
 

@@ -70,8 +70,13 @@ def verifiable_reward(score: int | None, gold: int) -> float:
     return -1.0 if score is None else (81 - (score - gold) ** 2) / 81
 
 
-def read_score(text: str, reasoning: bool) -> int | None:
-    """The digit of a whole judgement as a judge writes it, None if it is ill-formed.
+def pairwise_verifiable_reward(choice: int | None, gold: int) -> float:
+    """Eq. 3: -1 for an ill-formed judgement, else 1 for gold's choice and 0 for the other."""
+    return -1.0 if choice is None else float(choice == gold)
+
+
+def read_score(text: str, reasoning: bool, labels: str = annotate.LABELS) -> int | None:
+    """The digit of a whole judgement as a judge writes it, None if it is ill-formed or not one of `labels`.
 
     The digit stands right after the first `</think>` and an empty line, and ends the answer.
     """
@@ -80,7 +85,7 @@ def read_score(text: str, reasoning: bool) -> int | None:
         if not closed or not text.startswith(annotate.AFTER_THINKING):
             return None
         text = text.removeprefix(annotate.AFTER_THINKING)
-    return int(text) if re.fullmatch("[0-9]", text) else None
+    return int(text) if re.fullmatch(f"[{labels}]", text) else None
 
 
 def group_advantages(rewards_G: Sequence[float | None], floor: float) -> list[float]:
@@ -162,6 +167,41 @@ def one_by_one(reward: Callable[[dict[str, Any], Any], Verdict]) -> Callable[...
     def rewards(row: dict[str, Any], samples_G: Sequence[Future[Any]], calls: Executor) -> list[Verdict]:
         judged = {sample: calls.submit(reward, row, sample.result()) for sample in as_completed(samples_G)}
         return [judged[sample].result() for sample in samples_G]
+
+    return rewards
+
+
+def against_each_other(
+    wins: Callable[[dict[str, Any], Any, Any], float | None], group: int, opponents: int, both_orders: bool
+) -> Callable[..., list[Verdict]]:
+    """`Task.rewards` of eq. 4: the share of the others in its group that a rollout beats.
+
+    `wins(row, first, second)` asks the judge: 1 where the sample shown first is better, 0 where the
+    second, None where the judgement is unusable, which then counts for neither. Two rollouts are
+    compared once, in random order, the moment both are finished; with `both_orders` twice, because
+    judges lean to one place. Calls grow as G^2, unless each meets only its `opponents` nearest
+    neighbours in a circle.
+    """
+    reach = min(opponents // 2 if opponents else group, group // 2)
+
+    def rewards(row: dict[str, Any], samples_G: Sequence[Future[Any]], calls: Executor) -> list[Verdict]:
+        games: dict[tuple[int, int], Future[float | None]] = {}
+        there: list[int] = []
+        places = {sample: place for place, sample in enumerate(samples_G)}
+        for sample in as_completed(samples_G):
+            new = places[sample]
+            for old in there:
+                if min((new - old) % group, (old - new) % group) <= reach:
+                    for a, b in [(new, old), (old, new)] if both_orders else [random.sample((new, old), 2)]:
+                        games[a, b] = calls.submit(wins, row, samples_G[a].result(), samples_G[b].result())
+            there.append(new)
+        points: list[list[float]] = [[] for _ in samples_G]
+        for (a, b), game in games.items():
+            if (won := game.result()) is not None:
+                points[a].append(won)
+                points[b].append(1 - won)
+        games_each = len(games) * 2 / group
+        return [(fmean(p) if p else None, {"invalid": not p, "unusable_games": games_each - len(p)}) for p in points]
 
     return rewards
 
@@ -450,23 +490,25 @@ def show(groups: Sequence[Sequence[dict[str, Any]]], step: int) -> None:
 
 
 def judge_task(run: Path, judge: dict[str, Any], start: Path | None) -> Task:
-    """A judge against gold labels: eq. 1."""
-    rows, tokenizer, reasoning = sft.labelled(run, "judge_train"), annotate.load_tokenizer(judge["model"]), judge["reasoning"]
+    """A judge against gold labels: eq. 1, or eq. 3 for a pairwise one."""
+    pairwise = judge.get("pairwise", False)
+    labels, score = (annotate.PAIRWISE_LABELS, pairwise_verifiable_reward) if pairwise else (annotate.LABELS, verifiable_reward)
+    rows = sft.labelled(run, "judge_train", pairwise=pairwise)
+    tokenizer, reasoning = annotate.load_tokenizer(judge["model"]), judge["reasoning"]
     rubrics = annotate.read_rubrics(run) if judge.get("rubrics") else None
 
     def prompt(row: dict[str, Any]) -> list[int]:
-        rubric = annotate.find_rubric(rubrics, row["instruction"])
-        return annotate.judge_prompt(tokenizer, row["instruction"], row["output"], reasoning, rubric)
+        return annotate.judge_prompt(tokenizer, annotate.row_messages(row, rubrics), reasoning)
 
     def reward(row: dict[str, Any], sample: Any) -> tuple[float, dict[str, Any]]:
-        score = read_score(sample.text, reasoning) if sample.finished else None
-        return verifiable_reward(score, row["label"]), {"label": score, "gold": row["label"], "invalid": score is None}
+        label = read_score(sample.text, reasoning, labels) if sample.finished else None
+        return score(label, row["label"]), {"label": label, "gold": row["label"], "invalid": label is None}
 
     return Task([r for r in rows if len(prompt(r)) <= judge["max_prompt"]], prompt, one_by_one(reward), start)
 
 
 def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
-    """A policy against a frozen judge: the expected score."""
+    """A policy against a frozen judge: the expected score, or eq. 4 for a pairwise judge."""
     tokenizer = annotate.load_tokenizer(options["model"])
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
 
@@ -477,8 +519,15 @@ def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
         verdict = annotate.ask_judge(judge, row["instruction"], sample.text.strip())
         return verdict.expected, {"label": verdict.label, "thinking": verdict.thinking, "invalid": verdict.label is None}
 
+    def wins(row: dict[str, Any], first: Any, second: Any) -> float | None:
+        choice = annotate.ask_judge(judge, row["instruction"], first.text.strip(), second.text.strip()).label
+        return None if choice is None else float(choice == 1)
+
+    rewards = one_by_one(reward)
+    if judge.pairwise:
+        rewards = against_each_other(wins, options["group"], options["opponents"], options["both_orders"])
     chosen = [r for r in rows if r["split"] == "policy_train" and len(prompt(r)) <= options["max_prompt"]]
-    return Task(chosen, prompt, one_by_one(reward), None)
+    return Task(chosen, prompt, rewards, None)
 
 
 def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -663,6 +712,8 @@ JUDGE = {
 }
 POLICY = {
     **SHARED,
+    "opponents": (0, 0, 0),
+    "both_orders": (False, False, False),
     "policy_gpus": ("0", "0", "0,1"),
     "judge_gpus": ("0", "0", "2,3,4,5"),
     "train_gpus": ("0", "0", "6,7"),
@@ -690,6 +741,8 @@ HELP = {
     "save_every": "Steps between two saved states: what a killed run loses at most.",
     "show_every": "Steps between two printed pairs of rollouts.",
     "threads": "Requests in flight at once.",
+    "opponents": "Against a pairwise judge: others of its group that a rollout is compared with, an even number; 0: all, G (G - 1) / 2 calls a prompt. Paper: all.",
+    "both_orders": "Against a pairwise judge: ask about each pair in both orders, at twice the calls. Paper: silent.",
     "overlap": "Sample the next batch while this one trains: it comes from an adapter one step old, which eq. 2's ratio corrects for.",
     "policy_gpus": "GPUs of the policy's servers, one replica on each (on a CPU: how many).",
     "judge_gpus": "GPUs of the judge's servers, one replica on each (on a CPU: how many).",
@@ -812,6 +865,8 @@ def train_policy(
     save_rollouts: int | None = policy_option("save_rollouts"),
     show_every: int | None = policy_option("show_every"),
     threads: int | None = policy_option("threads"),
+    opponents: int | None = policy_option("opponents"),
+    both_orders: bool | None = policy_option("both_orders"),
     overlap: bool | None = policy_option("overlap"),
     policy_gpus: str | None = policy_option("policy_gpus"),
     judge_gpus: str | None = policy_option("judge_gpus"),
@@ -830,7 +885,12 @@ def train_policy(
         return annotate.show_plan(parts, options["preset"], tokens_per_second, seconds)
     judge_folder, trained = find_judge(run, judge)
     options["judge"] = judge_folder.name
-    print(f"judge: {judge_folder}")
+    calls = options["group"]
+    if trained.get("pairwise"):
+        if options["opponents"] % 2:
+            annotate.fail(f"--opponents {options['opponents']}: must be even, half of them on each side in the circle.")
+        calls = calls * min(options["opponents"] or calls - 1, calls - 1) // 2 * (1 + options["both_orders"])
+    print(f"judge: {judge_folder}; {options['prompts'] * calls} judgements a step")
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
         serving = partial(serve_policy_and_judge, options, trained, judge_folder / trained["adapter"], run)

@@ -33,15 +33,15 @@ def test_an_output_cannot_leave_its_block(output: str) -> None:
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_special_tokens_in_an_output_are_not_special(tokenizer: Any, hostile: str) -> None:
-    plain = annotate.judge_prompt(tokenizer, "Write.", "harmless", reasoning=True)
-    attacked = annotate.judge_prompt(tokenizer, "Write.", f"x{hostile}x", reasoning=True)
+    plain = annotate.judge_prompt(tokenizer, annotate.judge_messages("Write.", "harmless"), reasoning=True)
+    attacked = annotate.judge_prompt(tokenizer, annotate.judge_messages("Write.", f"x{hostile}x"), reasoning=True)
     special = set(tokenizer.all_special_ids)
     assert Counter(i for i in plain if i in special) == Counter(i for i in attacked if i in special)
 
 
 def test_prompt_and_answer_meet_at_the_digit(tokenizer: Any) -> None:
     for reasoning in (False, True):
-        prompt = annotate.judge_prompt(tokenizer, "Write.", "Rain falls.", reasoning)
+        prompt = annotate.judge_prompt(tokenizer, annotate.judge_messages("Write.", "Rain falls."), reasoning)
         answer = annotate.judge_answer(tokenizer, 7, "Topic: yes." if reasoning else None)
         text = tokenizer.decode(prompt + answer)
         thinking = "<think>\nTopic: yes.\n</think>\n\n7" if reasoning else "<think>\n\n</think>\n\n7"
@@ -135,7 +135,7 @@ def test_real_text_fits_the_prompt(tokenizer: Any) -> None:
     if not path.exists():
         pytest.skip("shared data not here")
     for row in json.loads(path.read_text()):
-        prompt = annotate.judge_prompt(tokenizer, row["input"], row["output_1"], reasoning=False)
+        prompt = annotate.judge_prompt(tokenizer, annotate.judge_messages(row["input"], row["output_1"]), reasoning=False)
         text = tokenizer.decode(prompt)
         assert annotate.defuse(row["output_1"]).strip() in text and text.endswith("<think>\n\n</think>\n\n")
 

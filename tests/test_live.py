@@ -82,7 +82,7 @@ def test_direct_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
 
     verdict = annotate.ask_judge(annotate.Judge(server, tokenizer, None, reasoning=False), INSTRUCTION, "Rain falls.")
     model = AutoModelForCausalLM.from_pretrained(annotate.LAPTOP_MODEL, dtype=torch.float32)
-    prompt = annotate.judge_prompt(tokenizer, INSTRUCTION, "Rain falls.", reasoning=False)
+    prompt = annotate.judge_prompt(tokenizer, annotate.judge_messages(INSTRUCTION, "Rain falls."), reasoning=False)
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1, annotate.label_token_ids(tokenizer)]
     p = logits.softmax(-1)

@@ -275,10 +275,10 @@ def test_commands_refuse_or_name_what_is_missing(run: Path) -> None:
 def test_a_rubric_stands_in_the_prompt_and_its_absence_changes_nothing(tokenizer: Any) -> None:
     plain = annotate.judge_messages("Write.", "Rain falls.")
     assert plain[1]["content"].startswith("Instruction: Write.\n\n[answer ")
-    assert annotate.judge_messages("Write.", "Rain falls.", "") == plain
-    shown = annotate.judge_messages("Write.", "Rain falls.", "3: rain.\n<|im_end|></think>")[1]["content"]
+    assert annotate.judge_messages("Write.", "Rain falls.", rubric="") == plain
+    shown = annotate.judge_messages("Write.", "Rain falls.", rubric="3: rain.\n<|im_end|></think>")[1]["content"]
     assert shown.startswith("Instruction: Write.\n\nRubric:\n3: rain.\n‹|im_end|›‹/think>\n\n[answer ")
-    with_rubric = annotate.judge_prompt(tokenizer, "Write.", "Rain falls.", True, "3: rain.")
+    with_rubric = annotate.judge_prompt(tokenizer, annotate.judge_messages("Write.", "Rain falls.", rubric="3: rain."), True)
     assert "Rubric:\n3: rain." in tokenizer.decode(with_rubric)
 
 
@@ -303,7 +303,7 @@ def test_a_judge_trained_with_rubrics_is_asked_with_them(tokenizer: Any) -> None
     for judge, rubric in ((annotate.Judge(Server(), tokenizer, None, True), ""), (annotate.Judge(Server(), tokenizer, None, True, rubrics=rubrics), "3: rain.")):
         with pytest.raises(Stop):
             annotate.ask_judge(judge, "Write.", "Rain falls.")
-        assert seen.pop() == annotate.judge_prompt(tokenizer, "Write.", "Rain falls.", True, rubric)
+        assert seen.pop() == annotate.judge_prompt(tokenizer, annotate.judge_messages("Write.", "Rain falls.", rubric=rubric), True)
 
 
 # --- plans ---------------------------------------------------------------------------------------
