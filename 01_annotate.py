@@ -1155,7 +1155,7 @@ def main(
             print(f"{folder / name}.jsonl: " + ", ".join(f"{cause} {count}" for cause, count in causes.items()))
 
 
-def plan_annotations(options: dict[str, Any], run: Path, also: list[str], rubrics: bool, pairs: bool) -> list[Part]:
+def plan_annotations(options: dict[str, Any], run: Path, also: list[str], rubrics: bool, pairs: bool = False) -> list[Part]:
     """The model calls that stage 1 has still to make."""
     folder, facts = run / "annotations", expect(run, options["preset"], options)
     outputs = sum(facts[split] for split in SPLITS[:3])
