@@ -21,7 +21,9 @@ Simpler than the paper, and why:
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -297,6 +299,247 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
     axes[0][0].set_ylabel("mean score on held-out instructions (0-9)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# arena-score: Arena-Hard-V2 verdicts to scores, by the definitions of the benchmark's authors
+# (lmarena/arena-hard-auto, show_result.py), in code of our own.
+# ---------------------------------------------------------------------------------------------
+
+BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
+STYLE = ("token_len", "header_count", "list_count", "bold_count")
+DRAWS, TAIL = 500, 0.05  # bootstrap draws (the authors: 100), and what an interval leaves out on each side
+
+# verdict -> (share of the game won by the answer in position A, battles it counts for)
+VERDICTS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
+VERDICTS |= {label[::-1].replace(">", "<"): worth for label, worth in VERDICTS.items()}  # B<<A is A>>B
+
+Metadata = dict[str, dict[str, dict[str, Any]]]  # model -> uid -> {token_len, header_count, list_count, bold_count}
+
+
+def read_benchmark(path: Path, needs: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of a benchmark's JSONL file; unlike `read_jsonl` this never changes the file."""
+    if not path.exists():
+        annotate.fail(f"{path} is missing. Give a folder of the benchmark's own layout (question.jsonl, model_answer/, model_judgment/JUDGE/).")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            annotate.fail(f"{path}, line {number}: not JSON ({error}). Remove or mend the line.")
+        if not isinstance(record, dict) or any(key not in record for key in needs):
+            annotate.fail(f"{path}, line {number}: not a record with the fields {', '.join(needs)}.")
+        records.append(record)
+    return records
+
+
+def read_judgments(data: Path, judge: str | None, category: str) -> list[dict[str, Any]]:
+    """The judgments of one category by one judge: {uid, category, model, games}.
+
+    `judge`: a folder of `data`/model_judgment; None takes the only one, or gpt-4.1 among several.
+    """
+    if category not in BASELINES:
+        annotate.fail(f"--category {category}: must be one of {', '.join(BASELINES)}.")
+    judges = sorted({path.parent.name for path in (data / "model_judgment").glob("*/*.jsonl")})
+    judge = judge or (judges[0] if len(judges) == 1 else "gpt-4.1")
+    if judge not in judges:
+        annotate.fail(f"{data}/model_judgment has no judge {judge}; it has: {', '.join(judges) or 'none'}. Name one with --judge.")
+    files = sorted((data / "model_judgment" / judge).glob("*.jsonl"))
+    rows = [row for path in files for row in read_benchmark(path, ("uid", "category", "model", "games"))]
+    found = [row for row in rows if row["category"] == category]
+    if not found:
+        have = ", ".join(sorted({row["category"] for row in rows})) or "nothing"
+        annotate.fail(f"{data}/model_judgment/{judge} has no judgment of category {category}; it has {have}.")
+    return found
+
+
+def read_metadata(data: Path) -> Metadata:
+    """The style metadata of every model with answers in `data`; a file is of the model in its first row."""
+    found: Metadata = {}
+    for path in sorted((data / "model_answer").glob("*.jsonl")):
+        rows = read_benchmark(path, ("uid", "model", "metadata"))
+        for row in rows:
+            if not isinstance(row["metadata"], dict) or set(STYLE) - row["metadata"].keys():
+                annotate.fail(f"{path}: uid {row['uid']} has no metadata with {', '.join(STYLE)}. Answers written by `arena` have it.")
+        if rows:
+            found[rows[0]["model"]] = {row["uid"]: row["metadata"] for row in rows}
+    return found
+
+
+def verdicts(row: dict[str, Any]) -> list[str | None]:
+    """The two verdicts of a judgment: baseline in position A, then candidate in A; None where there is none."""
+    scores = [game.get("score") if isinstance(game, dict) else None for game in row["games"] or []]
+    return [score if score in VERDICTS else None for score in [*scores, None, None][:2]]
+
+
+def battles(row: dict[str, Any]) -> list[float]:
+    """What the candidate won of each battle: 0, 0.5 or 1. None at all unless both games have a verdict."""
+    first, second = verdicts(row)
+    if first is None or second is None:
+        return []
+    (lost, n_first), (won, n_second) = VERDICTS[first], VERDICTS[second]
+    return [1 - lost] * n_first + [won] * n_second
+
+
+def style_metadata(text: str) -> dict[str, dict[str, int]]:
+    """Headers, list items and bold spans of an answer, counted as the benchmark counts them.
+
+    The contents of code blocks are taken out first, wherever else they occur too (so the authors).
+    """
+    for block in re.findall("```([^`]*)```", text):
+        text = text.replace(block, "")
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, text, re.MULTILINE))
+
+    return {
+        "header_count": {f"h{level}": count(rf"^#{{{level}}}\s") for level in range(1, 7)},
+        "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
+        "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")},
+    }
+
+
+def style_difference(candidate: dict[str, Any], baseline: dict[str, Any]) -> list[float]:
+    """[length, headers, lists, bold] of the candidate against the baseline's answer, each in (-1, 1).
+
+    Length: (a - b) / (a + b) tokens. Markdown: the same of the counts a token, with 1 added below.
+    """
+    counts = [[sum(v.values()) if isinstance(v, dict) else v for v in map(side.__getitem__, STYLE)] for side in (candidate, baseline)]
+    (a, *marks_a), (b, *marks_b) = counts
+    densities = [(x / (a + 1), y / (b + 1)) for x, y in zip(marks_a, marks_b)]
+    return [(a - b) / max(a + b, 1), *((x - y) / (x + y + 1) for x, y in densities)]
+
+
+def fit_bradley_terry(features_RK: Any, battles_R: Any, won_R: Any, start_K: Any) -> Any:
+    """The K coefficients that maximise the likelihood: row r won `won_R[r]` of `battles_R[r]` battles.
+
+    Newton's method with step halving, to convergence, no regularisation. The tiny diagonal only
+    slows the steps: it keeps the system solvable where a model has won all, or a feature is constant.
+    """
+    import numpy as np
+
+    def likelihood(beta_K: Any) -> float:
+        logits_R = features_RK @ beta_K
+        return float(won_R @ logits_R - battles_R @ np.logaddexp(0, logits_R))
+
+    beta_K = start_K
+    for _ in range(100):
+        p_R = 1 / (1 + np.exp(-features_RK @ beta_K))
+        hessian_KK = (features_RK.T * (battles_R * p_R * (1 - p_R))) @ features_RK
+        step_K = np.linalg.solve(hessian_KK + 1e-6 * np.eye(len(beta_K)), features_RK.T @ (won_R - battles_R * p_R))
+        while likelihood(beta_K + step_K) < likelihood(beta_K) - 1e-6:
+            step_K = step_K / 2
+        beta_K = beta_K + step_K
+        if np.abs(step_K).max() < 1e-7:
+            break
+    return beta_K
+
+
+def arena_scores(rows: Sequence[dict[str, Any]], metadata: Metadata, category: str, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """model -> {score, score_style, ci, ci_style, battles}, in per cent of battles won against the baseline.
+
+    Without style control: the mean over the model's battles. With: one Bradley-Terry model of all
+    models' battles, win ~ sigmoid(coefficient of the model + style difference), style z-scored over
+    all battles; the score is the win rate at the style of the average battle. Intervals: 5 to 95 %
+    of a seeded bootstrap over battles. The baseline itself stands at 50.
+    """
+    import numpy as np
+
+    baseline, rng = BASELINES[category], np.random.default_rng(seed)
+    rows = [row for row in rows if battles(row)]
+    if not rows:
+        annotate.fail(f"no judgment of category {category} has a verdict in both games: nothing to score.")
+    for row in rows:
+        for model in (row["model"], baseline):
+            if model not in metadata:
+                annotate.fail(f"model {model} has judgments or is the baseline, but no answers in model_answer/ (a file whose first row names it).")
+            if row["uid"] not in metadata[model]:
+                annotate.fail(f"uid {row['uid']} of {row['model']} is unknown: model_answer/ has no answer of {model} to it.")
+    models = sorted({row["model"].split("/")[-1] for row in rows})
+    model_R = np.array([models.index(row["model"].split("/")[-1]) for row in rows])
+    row_B = np.repeat(np.arange(len(rows)), [len(battles(row)) for row in rows])  # B battles of R judgments
+    won_B = np.array([won for row in rows for won in battles(row)])
+    style_R4 = np.array([style_difference(metadata[row["model"]][row["uid"]], metadata[baseline][row["uid"]]) for row in rows])
+    spread_4 = style_R4[row_B].std(axis=0, ddof=1)
+    style_R4 = (style_R4 - style_R4[row_B].mean(axis=0)) / np.where(spread_4 > 1e-12, spread_4, 1)
+    features_RK = np.hstack([np.eye(len(models))[model_R], style_R4])
+
+    def fit(picked: Any, start_K: Any) -> Any:
+        weights = np.bincount(row_B[picked], minlength=len(rows)), np.bincount(row_B[picked], won_B[picked], len(rows))
+        return fit_bradley_terry(features_RK, *weights, start_K)
+
+    beta_K = fit(slice(None), np.zeros(features_RK.shape[1]))
+    draws_DK = np.array([fit(rng.integers(len(row_B), size=len(row_B)), beta_K) for _ in range(DRAWS)])
+
+    def interval(draws: Any) -> list[float]:
+        return [100 * float(q) for q in np.quantile(draws, (TAIL, 1 - TAIL))]
+
+    scores: dict[str, dict[str, Any]] = {baseline: {"score": 50.0, "score_style": 50.0, "ci": [50.0] * 2, "ci_style": [50.0] * 2, "battles": 0}}
+    for k, model in enumerate(models):
+        own = won_B[model_R[row_B] == k]
+        means_D = rng.choice(own, (DRAWS, len(own))).mean(axis=1)
+        plain = {"score": 100 * float(own.mean()), "ci": interval(means_D), "battles": len(own)}
+        styled = {"score_style": 100 / (1 + math.exp(-beta_K[k])), "ci_style": interval(1 / (1 + np.exp(-draws_DK[:, k])))}
+        scores[model] = {**scores.get(model, styled), **plain}
+    return scores
+
+
+def judge_sanity(rows: Sequence[dict[str, Any]], metadata: Metadata, category: str) -> dict[str, Any]:
+    """How far the judge can be trusted, over the judgments `rows`.
+
+    consistent: share of questions whose two games have the same winner, or are both ties; chance
+    is not 0. position: share won by position A, ties half; 0.5 is no preference. unparsable: share
+    of answered games without a verdict. missing: games never answered. length: correlation of the
+    candidate's share with (a - b) / (a + b) tokens.
+    """
+    import numpy as np
+
+    games = [game for row in rows for game in [*(row["games"] or []), None, None][:2]]
+    answered = [g for g in games if isinstance(g, dict) and not g.get("error")]
+    usable = [row for row in rows if battles(row)]
+    first_A, second_A = (np.array([VERDICTS[verdicts(row)[i]][0] for row in usable]) for i in (0, 1))
+    share = (1 - first_A + second_A) / 2
+    longer = np.array([style_difference(metadata[r["model"]][r["uid"]], metadata[BASELINES[category]][r["uid"]])[0] for r in usable])
+    known = len(usable) > 1 and share.std() > 0 and longer.std() > 0
+    return {
+        "questions": len(rows),
+        "missing": len(games) - len(answered),
+        "unparsable": fmean(g.get("score") not in VERDICTS for g in answered) if answered else None,
+        "consistent": float(np.mean(1 - first_A == second_A)) if usable else None,
+        "position": float(np.mean([first_A, second_A])) if usable else None,
+        "length": float(np.corrcoef(share, longer)[0, 1]) if known else None,
+    }
+
+
+def show_scores(scores: dict[str, dict[str, Any]], rows: Sequence[dict[str, Any]], metadata: Metadata, category: str) -> dict[str, dict[str, Any]]:
+    """Print the scores of a category and, of each model, how sane its judge was; the latter comes back."""
+    order = sorted(scores, key=lambda model: -scores[model]["score_style"])
+    print(table(
+        [category, "score", "5-95 %", "style control", "5-95 %", "battles"],
+        [[m, s["score"], "{:.1f}-{:.1f}".format(*s["ci"]), s["score_style"], "{:.1f}-{:.1f}".format(*s["ci_style"]), s["battles"]] for m in order for s in [scores[m]]],
+    ))  # fmt: skip
+    names = sorted({row["model"].split("/")[-1] for row in rows})
+    sanity = {name: judge_sanity([row for row in rows if row["model"].split("/")[-1] == name], metadata, category) for name in names}
+    print(table(["the judge, on", *next(iter(sanity.values()))], [[name, *values.values()] for name, values in sanity.items()]))
+    return sanity
+
+
+@app.command("arena-score")
+def arena_score_command(
+    data: Path = typer.Option(..., help="Folder of the benchmark's own layout: model_answer/*.jsonl, model_judgment/JUDGE/*.jsonl."),
+    category: str = typer.Option(..., help=f"One of {', '.join(BASELINES)}."),
+    json_path: Path | None = typer.Option(None, "--json", help="Write the scores to this file."),
+    judge: str | None = typer.Option(None, help="Folder in model_judgment. Default: the only one, or gpt-4.1."),
+    seed: int = typer.Option(0, help="Seed of the bootstrap."),
+) -> None:
+    """Scores of an Arena-Hard-V2 folder, with and without style control, as its authors compute them."""
+    rows, metadata = read_judgments(data, judge, category), read_metadata(data)
+    scores = arena_scores(rows, metadata, category, seed)
+    if json_path:
+        annotate.write_json(json_path, scores)
+    show_scores(scores, rows, metadata, category)
 
 
 if __name__ == "__main__":
