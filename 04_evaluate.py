@@ -1,21 +1,30 @@
-"""Stage 4: how far each judge agrees with gold, and what gold thinks of each policy.
+"""Stage 4: how far each judge agrees with gold, and what gold and Arena-Hard think of each policy.
 
-    judges   agreement of every judge of the run with the gold judge, on the judges' test set
-    gold     every checkpoint of every policy, scored by its own judge and by gold: the paper's
-             Figures 3-5. Where the two curves part, the policy has hacked its judge.
+    judges        agreement of every judge of the run with the gold judge, on the judges' test set
+    gold          every checkpoint of every policy, scored by its own judge and by gold: the paper's
+                  Figures 3-5. Where the two curves part, the policy has hacked its judge; length
+                  and refusals below them say what has changed.
+    arena         Arena-Hard-V2: a policy's answers to 750 questions, each judged twice against a
+                  baseline's answer, the positions swapped
+    arena-score   verdicts in the benchmark's own folder layout to scores, as its authors compute them
 
-What goes in:   RUN/annotations/, RUN/judges/, RUN/policies/
+What goes in:   RUN/annotations/, RUN/judges/, RUN/policies/; questions and baseline answers of Arena-Hard
 What comes out: RUN/evaluation/judges.json, judges/NAME.jsonl    agreement; every judgement
                 RUN/evaluation/outputs.jsonl                     one output a checkpoint and test instruction
                 RUN/evaluation/scores/JUDGE.jsonl                their scores, by own judge and gold
                 RUN/evaluation/gold.json, gold.png               the curves
+                RUN/evaluation/arena/                            answers and verdicts in the benchmark's layout
+                RUN/evaluation/arena/arena.json, arena-JUDGE.png scores, checks of the judge, and our bars among the paper's
 
 Simpler than the paper, and why:
  1. One output for each instruction and checkpoint; the bands are bootstrap intervals over instructions.
- 2. No Arena-Hard yet.
+ 2. Arena-Hard's judge prompts are in our words (`--judge-prompt` takes others); answer lengths are
+    counted by the policy's tokenizer, for both sides, where the benchmark downloads that of GPT-4o.
 
     python 04_evaluate.py judges --run runs/demo
     python 04_evaluate.py gold   --run runs/demo
+    python 04_evaluate.py arena  --run runs/paper --policy reasoning --plan
+    python 04_evaluate.py arena-score --data runs/paper/evaluation/arena --category creative_writing --json out.json
 """
 
 from __future__ import annotations
@@ -458,13 +467,14 @@ def fit_bradley_terry(features_RK: Any, battles_R: Any, won_R: Any, start_K: Any
     beta_K = start_K
     for _ in range(100):
         p_R = 1 / (1 + np.exp(-features_RK @ beta_K))
+        slope_K = features_RK.T @ (won_R - battles_R * p_R)
+        if np.abs(slope_K).max() < 1e-6:  # battles
+            break
         hessian_KK = (features_RK.T * (battles_R * p_R * (1 - p_R))) @ features_RK
-        step_K = np.linalg.solve(hessian_KK + 1e-6 * np.eye(len(beta_K)), features_RK.T @ (won_R - battles_R * p_R))
+        step_K = np.linalg.solve(hessian_KK + 1e-6 * np.eye(len(beta_K)), slope_K)
         while likelihood(beta_K + step_K) < likelihood(beta_K) - 1e-6:
             step_K = step_K / 2
         beta_K = beta_K + step_K
-        if np.abs(step_K).max() < 1e-7:
-            break
     return beta_K
 
 
@@ -663,7 +673,7 @@ def load_benchmark(data: str, categories: Sequence[str], limit: int) -> tuple[li
         if not asked:
             annotate.fail(f"{folder} has no question of category {category}.")
         path = first(folder / "model_answer" / f"{name}.jsonl", folder / f"{name}.answers.jsonl")
-        baselines[name] = {row["uid"]: row for row in read_benchmark(path, ("uid", "model", "messages", "metadata"))}
+        baselines[name] = {row["uid"]: row for row in read_benchmark(path, ("uid", "model", "messages"))}
         unknown = next((q["uid"] for q in asked if q["uid"] not in baselines[name]), None)
         if unknown:
             annotate.fail(f"{path} has no answer to question {unknown} of category {category}.")
@@ -935,22 +945,23 @@ def draw_leaderboard(results: dict[str, Any], judge: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(results), 1, figsize=(8, 2.6 * len(results) + 0.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(results), 1, figsize=(8, 2.6 * len(results) + 0.6), squeeze=False, layout="constrained")
     for axis, (category, result) in zip(axes[:, 0], results.items()):
         place = ("creative_writing", "hard_prompt").index(category)
         bars = [(f"{name} (paper)", row[place], None) for name, row in PAPER_ARENA.items()]
         bars += [(name, s["score_style"], s["ci_style"]) for name, s in result["scores"].items()]
         bars.sort(key=lambda bar: bar[1])
         for height, (name, score, ci) in enumerate(bars):
-            theirs = name.endswith("(paper)")
-            axis.barh(height, score, color="lightgrey" if theirs else "tab:blue", hatch="//" if theirs else None, edgecolor="white")
+            colour = "lightgrey" if not ci else "grey" if name in BASELINES.values() else "tab:blue"
+            axis.barh(height, score, color=colour, hatch=None if ci else "//", edgecolor="white")
             if ci:
                 axis.errorbar(score, height, xerr=[[max(score - ci[0], 0)], [max(ci[1] - score, 0)]], color="black", capsize=3)
             axis.text(score + 1 if not ci else max(score, ci[1]) + 1, height, f"{score:.1f}", va="center", fontsize=8)
         axis.set(yticks=range(len(bars)), yticklabels=[name for name, *_ in bars], xlim=(0, 108), title=category.replace("_", " "))
         axis.tick_params(labelsize=8)
         axis.axvline(50, color="black", lw=0.6)
-    axes[-1][0].set_xlabel(f"win rate over the baseline, style control, %. Ours: judge {judge}; hatched: the paper's, judge GPT-4.1")
+    axes[-1][0].set_xlabel("win rate over the baseline with style control, %")
+    figure.suptitle(f"blue: ours, judge {judge}, 5-95 % intervals; hatched: the paper's figures, judge GPT-4.1", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

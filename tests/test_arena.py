@@ -284,7 +284,7 @@ def benchmark(path: Path, questions: int = 2) -> Path:
     lines(path / "question_v2.0.jsonl", asked)
     for category, name in evaluate.BASELINES.items():
         said = [{"role": "user", "content": ""}, {"role": "assistant", "content": {"answer": "# Theirs\n- base"}}]
-        lines(path / "model_answer" / f"{name}.jsonl", [{"uid": q["uid"], "model": name, "messages": said, "metadata": {}} for q in asked if q["category"] == category])
+        lines(path / "model_answer" / f"{name}.jsonl", [{"uid": q["uid"], "model": name, "messages": said} for q in asked if q["category"] == category])
     return path
 
 
