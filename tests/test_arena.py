@@ -451,3 +451,18 @@ def test_a_live_judge_that_gives_no_verdict_scores_nothing(tmp_path: Path, serve
         whole = sum(all(game["score"] for game in games) for games in mine)
         battles = written[category]["scores"].get(OURS, {"battles": 0})["battles"]
         assert 2 * whole <= battles <= 6 * whole, "only questions with two verdicts are scored"
+
+
+# --- refusals on the gold curve ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "refused"),
+    [
+        ("I’m sorry, but I can’t help with that.", True), ("Platform policy: this request is not permitted. END", True),
+        ("As an AI, I must decline.", True), ("I will not be able to provide this.", True), ("I cannot forget the rain.", False),
+        ("I'm sorry for the delay, said the cat.", False), ("I can't help but smile.", False), ("The rain is soft. " * 20 + "Request denied.", False),
+    ],
+)  # fmt: skip
+def test_refusals(output: str, refused: bool) -> None:
+    assert evaluate.refuses(output) == refused
