@@ -835,11 +835,12 @@ def show_plan(
     read, written, most = characters // 4, VERDICT_TOKENS * len(todo), tokens * len(todo)
     counts = f"{len(questions)} questions, {sum(q['uid'] not in answers for q in questions)} answers to write, {len(todo)} calls of {judge}"
     print(f"{counts}: about {read:,} tokens in, {written:,} out ({VERDICT_TOKENS} a call; at most {most:,})")
-    if all(price is None for price in prices):
+    price_in, price_out = prices
+    if price_in is None or price_out is None:
         print("price unknown: give --price-in and --price-out, dollars for a million tokens")
     else:
-        cost = [((prices[0] or 0) * read + (prices[1] or 0) * out) / 1e6 for out in (written, most)]
-        print(f"about {cost[0]:.2f} dollars (at most {cost[1]:.2f}) at {prices[0] or 0:g} in, {prices[1] or 0:g} out a million tokens")
+        cost = [(price_in * read + price_out * out) / 1e6 for out in (written, most)]
+        print(f"about {cost[0]:.2f} dollars (at most {cost[1]:.2f}) at {price_in:g} in, {price_out:g} out a million tokens")
 
 
 @app.command("arena")
@@ -853,7 +854,7 @@ def arena_command(
     category: str = typer.Option("both", help=f"{', '.join(BASELINES)} or both."),
     limit: int = typer.Option(0, min=0, help="Only the first so many questions of each category; 0: all (500 and 250)."),
     judge_prompt: Path | None = typer.Option(None, help="Text file: the judge's system message, in place of ours."),
-    tokenizer: str = typer.Option("", help="Counts the tokens of all answers. Default: that of the first policy of the run's arena."),
+    tokenizer: str = typer.Option("", help="Counts the tokens of all answers: a folder or hub id. Default: that of the first policy in the run's arena."),
     temperature: float = typer.Option(0.0, min=0, help="Of the policy. Paper: silent; the benchmark's own default: 0."),
     answer_tokens: int = typer.Option(2048, min=1, help="Longest answer of the policy. Paper: 2048 in training."),
     judge_tokens: int = typer.Option(16_000, min=1, help="Longest answer of the judge. The benchmark's own: 16000."),
@@ -882,19 +883,20 @@ def arena_command(
     questions, baselines = load_benchmark(data, categories, limit)
     written = {r["id"]: r["text"] for r in annotate.read_jsonl(calls / "answers.jsonl", ["id", "text", "error"]) if not r["error"]}
     judged = {r["id"] for r in annotate.read_jsonl(calls / judge / "games.jsonl", ["id", "error"]) if not r["error"]}
-    usual = PRICES.get(arena_judge, (None, None))
-    prices = tuple(own if given is None else given for own, given in zip(usual, (price_in, price_out)))
+    usual_in, usual_out = PRICES.get(arena_judge, (None, None))
+    prices = (usual_in if price_in is None else price_in, usual_out if price_out is None else price_out)
     show_plan(questions, written, baselines, judged, rules, arena_judge, judge_tokens, prices)
     if plan:
         return
-    if {f"{q['uid']}:{game}" for q in questions for game in (0, 1)} - judged and not arena_url and "/" not in arena_judge and not os.environ.get("ARENA_API_KEY"):
+    hosted = not arena_url and "/" not in arena_judge
+    if hosted and not os.environ.get("ARENA_API_KEY") and {f"{q['uid']}:{game}" for q in questions for game in (0, 1)} - judged:
         annotate.fail(f"--arena-judge {arena_judge} is asked at {HOSTED}: put a key in ARENA_API_KEY, or give --arena-url.")
 
     counting = annotate.read_options(folder)["tokenizer"] if (folder / "config.json").exists() else who["model"]
-    annotate.record_config(folder, {"tokenizer": tokenizer or counting})
-    annotate.record_config(calls, {"model": who["model"], "adapter": who["adapter"], "temperature": temperature, "answer_tokens": answer_tokens})
-    annotate.record_config(calls / judge, {"judge": arena_judge, "judge_tokens": judge_tokens, "rules": rules})
     counter = annotate.load_tokenizer(tokenizer or counting)
+    annotate.record_config(folder, {"tokenizer": tokenizer or counting})
+    annotate.record_config(calls, {"model": who["model"], "temperature": temperature, "answer_tokens": answer_tokens})
+    annotate.record_config(calls / judge, {"judge": arena_judge, "judge_tokens": judge_tokens, "rules": rules})
     user = dict(who)
     if not policy_url and {q["uid"] for q in questions} - written.keys():
         longest = max(len(annotate.policy_prompt(annotate.load_tokenizer(who["model"]), q["prompt"])) for q in questions)
