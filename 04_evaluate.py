@@ -909,7 +909,8 @@ def arena_command(
         answers = write_answers(calls / "answers.jsonl", questions, who, server, policy_url, settings, threads)
     if {f"{uid}:{game}" for uid in answers for game in (0, 1)} - judged:
         with arena_judge_endpoint(arena_judge, arena_url, judge_tokens, gpus, run / "logs") as endpoint:
-            endpoint.client = endpoint.client.with_options(timeout=timeout)
+            for replica in endpoint.replicas:
+                replica.client = replica.client.with_options(timeout=timeout)
             play_games(calls / judge / "games.jsonl", questions, answers, baselines, rules, endpoint, judge_tokens, threads)
     publish(folder, label, judge, questions, baselines, counter)
     show_arena(folder, judge, categories)

@@ -1,10 +1,12 @@
 """Arena-Hard: scores against hand-computed cases and an independent fit; style counts; games; bad input."""
 
+import contextlib
 import json
 import math
 import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -253,6 +255,10 @@ class Stub:
                 reason = "length" if text.endswith("(cut)") else "stop"
                 good = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": reason}]}
                 payload = json.dumps(good if status == 200 else {"error": {"message": text}}).encode()
+                with contextlib.suppress(BrokenPipeError):  # a client that did not wait
+                    self.send(status, payload)
+
+            def send(self, status: int, payload: bytes) -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(payload)))
@@ -371,12 +377,20 @@ def test_a_question_without_an_answer_is_not_judged(tmp_path: Path, stub: Stub) 
     assert result.exit_code == 0 and "1 of 2 calls failed" in result.output and stub.calls.count("judge") == 2
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "401"), (404, "404"), (500, "not one call was answered")])
+@pytest.mark.parametrize(("status", "says"), [(401, "401"), (404, "404"), (500, "not one call was answered"), (0, "APITimeoutError")])
 def test_a_judge_that_never_answers(tmp_path: Path, stub: Stub, status: int, says: str) -> None:
     benchmark(tmp_path / "data", questions=1)
-    stub.reply = lambda model, system, user: CANDIDATE if model == MODEL else (status, "no")
-    result = arena(tmp_path, stub)
-    assert result.exit_code == 1 and says in result.output, result.output
+
+    def reply(model: str, system: str, user: str) -> Any:
+        if model == MODEL:
+            return CANDIDATE
+        time.sleep(0 if status else 1)
+        return status or 500, "no"
+
+    stub.reply = reply
+    result = arena(tmp_path, stub, "--timeout 0.3")
+    assert result.exit_code == 1 and says in result.output and "Traceback" not in result.output, result.output
+    assert stub.calls.count("judge") <= 4 if status in (401, 404) else stub.calls.count("judge") == 4 * 5, "five tries of a game"
 
 
 def test_plan_states_calls_and_price_and_asks_nobody(tmp_path: Path, stub: Stub) -> None:
@@ -410,6 +424,19 @@ def test_bad_arena_options(tmp_path: Path, stub: Stub, monkeypatch: pytest.Monke
     result = arena(tmp_path, stub, more.replace("DATA", f"{tmp_path}/data"))
     assert result.exit_code == 1 and says in result.output.replace("\n", " "), result.output
     assert not stub.calls
+
+
+def test_policies_by_name_and_step(tmp_path: Path) -> None:
+    for step in (4, 12):
+        (tmp_path / f"policies/direct/checkpoints/step-{step:06d}").mkdir(parents=True)
+    (tmp_path / "policies/direct/policy.json").write_text(json.dumps({"model": MODEL, "lora_rank": 16}))
+    for name, label, folder in (("direct", "direct-12", "step-000012"), ("direct:4", "direct-4", "step-000004")):
+        found = evaluate.arena_policy(tmp_path, name, "")
+        assert (found["label"], found["adapter"].name, found["model"]) == (label, folder, MODEL)
+    for name in ("direct:5", "direct:last", "other"):
+        with pytest.raises(SystemExit):
+            evaluate.arena_policy(tmp_path, name, "")
+    assert evaluate.arena_policy(tmp_path, "direct", "http://127.0.0.1/v1")["adapter"] is None
 
 
 def test_a_question_that_the_baseline_did_not_answer(tmp_path: Path, stub: Stub) -> None:
