@@ -505,7 +505,7 @@ PRESETS = {
     "seed": (0, 0, 0),
 }
 # A label is one token of supervision an example, a reasoning fifty: without it, more passes.
-DIRECT = {**PRESETS, "epochs": (5, 1, 1), "lr": (2e-3, 1e-4, 1e-4)}
+DIRECT = {**PRESETS, "epochs": (4, 1, 1), "lr": (2e-3, 1e-4, 1e-4)}
 
 
 def option(name: str, text: str) -> Any:

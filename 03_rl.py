@@ -722,7 +722,7 @@ POLICY = {
     "model": (annotate.LAPTOP_MODEL, "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
     "lora_rank": (16, 32, 64),
     "lora_modules": (sft.ATTENTION, sft.LINEAR, sft.LINEAR),
-    "steps": (16, 300, 1200),
+    "steps": (12, 300, 1200),
     "prompts": (4, 32, 128),
     "minibatches": (2, 4, 4),
     "lr": (1e-3, 2e-5, 2e-5),

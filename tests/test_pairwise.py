@@ -126,3 +126,20 @@ def test_accuracy_by_position() -> None:
     got = sft.pair_agreement([{"gold": gold, "label": label, "thinking_tokens": 5} for gold, label in rows])
     assert (got["accuracy"], got["accuracy_1"], got["accuracy_2"]) == pytest.approx((700 / 12, 75, 25))
     assert got["says_1"] == pytest.approx(75) and got["invalid"] == pytest.approx(100 / 13) and got["n"] == 13
+
+
+def test_score_against_the_baseline() -> None:
+    """9 x P(better than the baseline), whichever of the two was shown first; a tie is in the middle."""
+    evaluate = import_module("04_evaluate")
+
+    def grade(instruction: str, first: str, second: str) -> dict[str, Any]:
+        return {"label": 1 if "good" in first else 2, "probabilities": [0.8, 0.2] if "good" in first else [0.2, 0.8]}
+
+    scores = [evaluate.compare(grade, {"id": str(n), "instruction": "x", "output": "good"}, "bad") for n in range(20)]
+    assert {s["swapped"] for s in scores} == {True, False}
+    assert [s["expected"] for s in scores] == pytest.approx([9 * 0.8] * 20)
+    row = {"id": "0", "instruction": "x", "output": "a"}
+    assert evaluate.compare(grade, row, "a")["expected"] == 4.5
+    assert evaluate.compare(lambda *_: {"label": None, "cause": "tie"}, row, "b")["expected"] == 4.5
+    assert evaluate.compare(lambda *_: {"label": None, "cause": "cut off"}, row, "b")["expected"] is None
+    assert evaluate.compare(lambda _, a, b: {"label": 1 if a == "a" else 2}, row, "b")["expected"] == 9
