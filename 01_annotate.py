@@ -1214,10 +1214,10 @@ def write_outputs(options: dict[str, Any], folder: Path, logs: Path) -> None:
         instructions = split_instructions(template_instructions(), sizes, options["seed"])
     else:
         instructions, given = split_preferences(options, sizes)
-    write_jsonl(folder / "instructions.jsonl", instructions)
     judged = [row for row in instructions if row["split"].startswith("judge")]
     if options["data"] == "template":
         given = sample_candidates(options, folder / "candidates.jsonl", logs, judged)
+    write_jsonl(folder / "instructions.jsonl", instructions)
 
     def rows() -> Iterator[dict[str, Any]]:
         for place, row in enumerate(judged):
