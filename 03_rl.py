@@ -32,9 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
-import os
 import random
 import re
 import secrets
@@ -460,7 +458,8 @@ def judge_task(run: Path, judge: dict[str, Any], start: Path | None) -> Task:
         score = read_score(sample.text, reasoning) if sample.finished else None
         return verifiable_reward(score, row["label"]), {"label": score, "gold": row["label"], "invalid": score is None}
 
-    return Task([r for r in rows if len(prompt(r)) <= judge["max_prompt"]], prompt, one_by_one(reward), start)
+    fitting = [r for r in rows if len(prompt(r)) <= judge["max_prompt"]]
+    return Task(fitting or none_fit(run, judge["max_prompt"]), prompt, one_by_one(reward), start)
 
 
 def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
@@ -476,7 +475,11 @@ def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
         return verdict.expected, {"label": verdict.label, "thinking": verdict.thinking, "invalid": verdict.label is None}
 
     chosen = [r for r in rows if r["split"] == "policy_train" and len(prompt(r)) <= options["max_prompt"]]
-    return Task(chosen, prompt, one_by_one(reward), None)
+    return Task(chosen or none_fit(run, options["max_prompt"]), prompt, one_by_one(reward), None)
+
+
+def none_fit(run: Path, tokens: int) -> NoReturn:
+    annotate.fail(f"{run}/annotations: no training prompt of at most --max-prompt {tokens} tokens. Raise it, or annotate more.")
 
 
 def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -493,7 +496,9 @@ def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
             annotate.fail(f"{folder} is not finished: finish it (03_rl.py judge --run {run}) or ask for --judge {name}-sft.")
     flag = "--no-reasoning" if "direct" in name else "--reasoning"
     annotate.need(folder / "judge.json", f"02_train_judge.py --run {run} {flag}")
-    return folder, json.loads((folder / "judge.json").read_text())
+    judge = annotate.read_json(folder / "judge.json", ("adapter", *sft.DESCRIBES))
+    sft.check_adapter(folder / judge["adapter"], judge["model"], judge["lora_rank"])
+    return folder, judge
 
 
 # ---------------------------------------------------------------------------------------------
@@ -555,7 +560,7 @@ def serve_policy_and_judge(options: dict[str, Any], judge: dict[str, Any], adapt
     print(f"training: {len(options['train_gpus'].split(','))} rank(s) on GPU {options['train_gpus']}", flush=True)
     with contextlib.ExitStack() as stack:
         doors: dict[str, Any] = {
-            role: annotate.Endpoint(url, os.environ.get(f"{role.upper()}_API_KEY", "none"), roles[role]["model"]) for role, url in urls.items()
+            role: stack.enter_context(annotate.at_url(role, url, roles[role]["model"])) for role, url in urls.items()
         }
         for role, gpus in places.items():
             doors[role] = stack.enter_context(annotate.serve(logs=run / "logs", gpus=gpus, memory=shares[role], **roles[role]))
@@ -584,11 +589,9 @@ def policy_rank(
 
 
 def on_rank(options: dict[str, Any], folder: Path, endpoint: Any, task: Callable[[], Task], lineage: str) -> None:
-    import openai
-
     try:
         grpo(options, folder, endpoint, task(), lineage)
-    except (openai.APIConnectionError, openai.InternalServerError, OSError) as error:
+    except annotate.LostServer as error:
         print(f"rank {sft.world()[0]}: a server is lost ({error})", flush=True)
         raise SystemExit(LOST_SERVER) from None
 
@@ -614,6 +617,7 @@ def with_servers(serving: Callable[[], contextlib.AbstractContextManager[Any]], 
 # The commands.
 # ---------------------------------------------------------------------------------------------
 
+SAMPLING = (0.05, 2.0)  # GRPO divides logits by its temperature, and needs rollouts that differ
 SHARED = {
     "group": (6, 8, 8),
     "std_floor": (0.1, 0.1, 0.1),
@@ -739,7 +743,7 @@ def train_judge(
     seed: int | None = judge_option("seed"),
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
-    options = annotate.settle(JUDGE, run, preset, dict(locals()))
+    options = annotate.settle(JUDGE, run, preset, dict(locals()), temperature=SAMPLING)
     judge = judge.removesuffix("-sft")
     if start == Start.base:
         described = {**annotate.settle(sft.PRESETS, run, preset, {}), "reasoning": "direct" not in judge}
@@ -750,8 +754,10 @@ def train_judge(
         adapter, origin = source / described["adapter"], source.name
     folder = run / "judges" / f"{name or (judge if adapter else f'{judge}-base')}-rl"
     options |= {**{key: described[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}, "judge": origin}
+    annotate.need_gpus(options)
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
+        judge_task(run, described, adapter)  # bad data end the command here, before servers start
         serving = partial(serve_judge, options, run)
         with_servers(serving, folder, options["train_gpus"], judge_rank, options, run, folder, described, adapter)
         last = f"checkpoints/step-{options['steps']:06d}"
@@ -795,13 +801,15 @@ def train_policy(
     seed: int | None = policy_option("seed"),
 ) -> None:  # fmt: skip
     """Train a policy against a judge (its expected score)."""
-    options = annotate.settle(POLICY, run, preset, {**locals(), "lora_modules": lora_modules or None})
+    options = annotate.settle(POLICY, run, preset, {**locals(), "lora_modules": lora_modules or None}, temperature=SAMPLING)
     judge_folder, trained = find_judge(run, judge)
     options["judge"] = judge_folder.name
     print(f"judge: {judge_folder}")
     folder = run / "policies" / (name or judge)
+    annotate.need_gpus(options)
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
+        policy_task(options, run, None)  # bad data end the command here, before servers start
         serving = partial(serve_policy_and_judge, options, trained, judge_folder / trained["adapter"], run)
         with_servers(serving, folder, options["train_gpus"], policy_rank, options, run, folder, trained)
         annotate.write_json(folder / "policy.json", {key: options[key] for key in options if key in POLICY or key == "judge"})
@@ -823,4 +831,4 @@ def report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    annotate.start(app)

@@ -20,7 +20,6 @@ Simpler than the paper, and why:
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -45,23 +44,26 @@ GOLD, BASE = "gold", "base"  # the gold judge, and the untrained base model: as 
 
 def trained_judges(run: Path) -> dict[str, dict[str, Any]]:
     """name -> judge.json of every finished judge of the run, and the untrained base model as a judge."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted((run / "judges").glob("*/judge.json"))}
+    found = {p.parent.name: annotate.read_json(p, ("adapter", *sft.DESCRIBES)) for p in sorted((run / "judges").glob("*/judge.json"))}
     if not found:
         annotate.fail(f"{run}/judges has no finished judge. Run this first: python 02_train_judge.py --run {run} --no-reasoning")
     for name, judge in found.items():
-        judge["adapter"] = run / "judges" / name / judge["adapter"]
+        judge["adapter"] = sft.check_adapter(run / "judges" / name / judge["adapter"], judge["model"], judge["lora_rank"])
     first = next(iter(found.values()))
     return {BASE: {**first, "reasoning": False, "adapter": None}, **found}
 
 
 def trained_policies(run: Path) -> dict[str, dict[str, Any]]:
     """name -> policy.json of every finished policy, with `checkpoints`: step -> adapter folder."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted((run / "policies").glob("*/policy.json"))}
+    needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
+    found = {p.parent.name: annotate.read_json(p, needs) for p in sorted((run / "policies").glob("*/policy.json"))}
     if not found:
         annotate.fail(f"{run}/policies has no finished policy. Run this first: python 03_rl.py policy --run {run} --judge direct")
     for name, policy in found.items():
         folders = sorted((run / "policies" / name / "checkpoints").glob("step-*"))
-        policy["checkpoints"] = {int(f.name.removeprefix("step-")): f for f in folders}
+        policy["checkpoints"] = {
+            int(f.name.removeprefix("step-")): sft.check_adapter(f, policy["model"], policy["lora_rank"]) for f in folders
+        }
     return found
 
 
@@ -175,7 +177,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
-THREADS = typer.Option(64, help="Requests in flight at once.")
+THREADS = typer.Option(64, min=1, help="Requests in flight at once.")
 
 
 @app.command("judges")
@@ -184,6 +186,7 @@ def judges_command(run: Path = annotate.RUN, threads: int = THREADS) -> None:
     rows = sft.labelled(run, "judge_test")
     judges = trained_judges(run)
     folder = run / "evaluation"
+    annotate.lock(folder)
     scores = {}
     with OneServer(run, judges.values()) as server:
         for name, judge in sorted(judges.items(), key=lambda item: item[1]["model"]):
@@ -245,6 +248,7 @@ def gold_command(run: Path = annotate.RUN, threads: int = THREADS) -> None:
     """The over-optimisation curves: own judge and gold judge over training steps."""
     judges, policies = trained_judges(run), trained_policies(run)
     folder = run / "evaluation"
+    annotate.lock(folder)
     users = [*judges.values(), *({**policy, "max_thinking": 0} for policy in policies.values())]
     with OneServer(run, users) as server:
         outputs = write_outputs(run, policies, server, threads)
@@ -300,4 +304,4 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
 
 
 if __name__ == "__main__":
-    app()
+    annotate.start(app)
