@@ -314,6 +314,11 @@ def complete(
                 append_jsonl(path, record)
                 done[key] = record if keep else None
                 bar.update()
+    except ServerError:
+        for future, key in waiting.items():  # answers that came before the error was seen
+            if future.done() and not future.exception():
+                append_jsonl(path, {"id": key, **future.result()})
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for requests in flight
     return [done[key] for key in tasks] if keep else []
@@ -566,7 +571,7 @@ class Endpoint:
                 isinstance(error, (openai.OpenAIError, urllib.error.HTTPError))
             )
             text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
-            reason = " ".join(f"{error} {text}".split())
+            reason = " ".join(f"{error} {text or error.__cause__ or ''}".split()).rstrip(".")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             lost, reason = False, f"not an answer of the expected form ({type(error).__name__}: {error})"
         else:
