@@ -370,7 +370,8 @@ def record_config(folder: Path, options: dict[str, Any]) -> None:
         before = read_json(path, ["options"])["options"]
         changed = sorted(k for k in before.keys() | options.keys() if before.get(k) != options.get(k))
         if changed:
-            was = ", ".join(f"{k} = {before.get(k)!r} (now {options.get(k)!r})" for k in changed)
+            was = ", ".join(f"{k} = {before.get(k)!r} (now {options.get(k)!r})" for k in changed[:5])
+            was += f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             fail(f"{path}: this folder was begun with {was}. Use the same options, another --run, or delete {folder}.")
         return
     versions = {"python": sys.version.split()[0]}
@@ -567,9 +568,8 @@ class Endpoint:
         try:
             yield
         except (openai.OpenAIError, OSError, http.client.HTTPException) as error:
-            lost = isinstance(error, (openai.APIConnectionError, openai.InternalServerError)) or not (
-                isinstance(error, (openai.OpenAIError, urllib.error.HTTPError))
-            )
+            refused = isinstance(error, (openai.APIStatusError, urllib.error.HTTPError))
+            lost = not refused or isinstance(error, openai.InternalServerError)
             text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
             reason = " ".join(f"{error} {text or error.__cause__ or ''}".split()).rstrip(".")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -976,7 +976,10 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
     if Path(data).exists():
         table: Iterable[dict[str, Any]] = read_jsonl(Path(data), ["prompt", "chosen", "rejected", "source"])
     else:
-        table = datasets.load_dataset(data, split="train").shuffle(seed=seed)
+        try:
+            table = datasets.load_dataset(data, split="train").shuffle(seed=seed)
+        except (OSError, ValueError) as error:
+            fail(f"--data {data}: neither a file here nor a data set that can be loaded ({str(error).splitlines()[0]}).")
     candidates: dict[str, list[str]] = {}
     others: dict[str, None] = {}
     fate: Counter[str] = Counter()
