@@ -189,10 +189,10 @@ def start(app: typer.Typer) -> None:
 
 def leave(status: int, reason: str) -> NoReturn:
     """End our servers and then this process, without waiting for its threads."""
-    os.write(2, f"\n{reason}. What is finished is kept: the same command goes on.\n".encode())
-    end_servers(SERVERS)
-    with contextlib.suppress(OSError, RuntimeError):  # a closed pipe, or the print that a signal interrupted
+    with contextlib.suppress(OSError, RuntimeError):  # a closed pipe, a full disk, the print that a signal interrupted
+        os.write(2, f"\n{reason}. What is finished is kept: the same command goes on.\n".encode())
         sys.stdout.flush()
+    end_servers(SERVERS)
     os._exit(status)
 
 
@@ -352,7 +352,7 @@ def lock(folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         locks, inode = Path("/proc/locks"), f":{folder.stat().st_ino} "
-        holders = [line.split()[4] for line in locks.read_text().splitlines() if inode in line] if locks.exists() else []
+        holders = [line.split()[4] for line in locks.read_text().splitlines() if inode in line and "->" not in line] if locks.exists() else []
         fail(f"{folder} is in use by another command (process {', '.join(holders) or 'unknown'}). Wait for it, or use another --run.")
     LOCKS[folder.resolve()] = handle
 

@@ -393,3 +393,23 @@ def test_signals_end_a_command_at_once(server: str, tmp_path: Path, number: sign
     assert time.perf_counter() - began < 1.5 and process.returncode == 128 + number
     assert "the same command goes on" in error and "Traceback" not in error
     assert len(annotate.read_jsonl(path, ["id", "label"])) >= 40
+
+
+def test_a_full_disk(server: str, tmp_path: Path) -> None:
+    """One clear error; after space is made the same command goes on, and every record is there once."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk here")
+    try:
+        write(disk, {"pairs.jsonl": pairs(110)})
+        _, error = (process := annotate_at(f"{server}/0/ok", disk)).communicate(timeout=120)
+        assert process.returncode == 1 and "No space left" in error and "Traceback" not in error and error.count("error:") == 1
+        kept = (disk / "run/annotations/labels.jsonl").read_bytes().count(b"\n")
+        assert 0 < kept < 200
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        output, error = (process := annotate_at(f"{server}/0/ok", disk)).communicate(timeout=120)
+        assert process.returncode == 0, output + error
+        assert len({row["id"] for row in annotate.read_jsonl(disk / "run/annotations/labels.jsonl", ["id"])}) == 200
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
