@@ -638,6 +638,18 @@ class Endpoint:
                 urllib.request.urlopen(request, timeout=600).close()
 
 
+def hold_port() -> socket.socket:
+    """A free port of 127.0.0.1, bound without listening, to be closed when the server on it has ended.
+
+    So the kernel gives it to nobody else who asks for a free one, say another run, while vLLM,
+    which sets SO_REUSEADDR as well, can bind it.
+    """
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    return place
+
+
 @contextlib.contextmanager
 def serve(
     model: str,
@@ -684,11 +696,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: end_servers([process for _, process, _ in servers]))
         for gpu in gpus.split(","):
-            # Bound by us as long as the server lives, so that the kernel gives the port to nobody
-            # else; vLLM too sets SO_REUSEPORT, and so can bind it as well.
-            place = stack.enter_context(socket.socket())
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            place.bind(("127.0.0.1", 0))
+            place = stack.enter_context(hold_port())
             port = str(place.getsockname()[1])
             log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
             with log.open("wb") as out:

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import socket
 import stat
 from importlib import import_module
 from pathlib import Path
@@ -56,6 +57,21 @@ def test_errors_do_not_show_the_key() -> None:
     with pytest.raises(annotate.ServerError) as error, endpoint.errors():
         raise ValueError("refused: my-secret-key")
     assert "my-secret-key" not in str(error.value) and "my-secret-key" not in repr(endpoint)
+
+
+def test_a_held_port_is_for_our_server_alone() -> None:
+    """It can be bound and listened on as vLLM does it, and thousands who ask for a free port do not get it."""
+    with annotate.hold_port() as place, socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(place.getsockname())
+        server.listen()
+        for _ in range(5):
+            socket.create_connection(place.getsockname()).close()
+            server.accept()[0].close()
+    with annotate.hold_port() as place:  # also while the server is still on its way
+        for _ in range(30_000):
+            with annotate.hold_port() as other:
+                assert other.getsockname() != place.getsockname()
 
 
 def listening(pids: list[int]) -> set[str]:
