@@ -231,14 +231,18 @@ def write_outputs(run: Path, policies: dict[str, Any], server: OneServer, thread
     rows = [row for row in rows if row["split"] == "policy_test"]
     done: list[dict[str, Any]] = []
     for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
+        tokenizer = annotate.load_tokenizer(policy["model"])
+        fitting = [r for r in rows if len(annotate.policy_prompt(tokenizer, r["instruction"])) <= policy["max_prompt"]]
+        if len(fitting) < len(rows):
+            print(f"{name}: {len(rows) - len(fitting)} test instructions left out, longer than {policy['max_prompt']} tokens")
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
             who = f"{BASE}:{policy['model']}" if step == 0 else f"{name}:{step}"
-            tasks = {f"{who}:{row['id']}": {**row, "policy": name if step else BASE, "step": step} for row in rows}
+            tasks = {f"{who}:{row['id']}": {**row, "policy": name if step else BASE, "step": step} for row in fitting}
             if not missing(path, tasks):
                 done += [r for r in annotate.read_jsonl(path) if r["id"] in tasks]
                 continue
             with server.adapter(policy["model"], adapter) as (endpoint, served):
-                write = partial(write_output, endpoint, served, annotate.load_tokenizer(policy["model"]), policy)
+                write = partial(write_output, endpoint, served, tokenizer, policy)
                 done += annotate.complete(path, tasks, write, f"outputs of {who}", threads)
     return list({row["id"]: row for row in done}.values())
 

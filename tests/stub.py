@@ -1,7 +1,7 @@
 """A fake OpenAI-compatible server on 127.0.0.1 that misbehaves on demand: python tests/stub.py
 
 Prints its base URL. The path of a request says what happens to it: /AFTER/MODE/v1/… answers the first
-AFTER chat requests well and the others in MODE: ok, slow (2 s), 500, garbage (not JSON), shape (JSON
+AFTER chat requests well and the others in MODE: ok, slow (2 s), minute (60 s), 500, garbage (not JSON), shape (JSON
 of no use), words (a label that is none), hang (no answer at all, to anything), drop (closes the
 connection), long (refused: over the context). The key is `secret`, the model `gold`; label = length
 of the prompt mod 10.
@@ -44,8 +44,8 @@ async def answer(path: str, authorised: bool, body: bytes) -> bytes | None:
     if not broken or mode == "ok":
         return chat(label)
     match mode:
-        case "slow":
-            await asyncio.sleep(2)
+        case "slow" | "minute":
+            await asyncio.sleep(2 if mode == "slow" else 60)
             return chat(label)
         case "500":
             return reply("500 Internal Server Error", b'{"error": {"message": "engine died"}}')

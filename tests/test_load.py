@@ -104,7 +104,7 @@ def load(folder: Path, records: int) -> dict[str, Any]:
 def test_load(tmp_path: Path) -> None:
     result = load(tmp_path, 3000)
     assert result["records"] == 3000 and result["wrong"] == 0
-    assert result["seconds_to_resume"] < 30
+    assert result["seconds_to_resume"] < 60  # 2 on an idle machine
     assert result["megabytes_late"] - result["megabytes_early"] < 20
 
 
