@@ -184,7 +184,7 @@ def start(app: typer.Typer) -> None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
         if not full and os.strerror(errno.ENOSPC) not in str(error):  # as safetensors and the other ranks say it
             raise
-        leave(1, f"error: a file can not be written ({str(error).splitlines()[-1]}). Make room")
+        leave(1, f"error: a file can not be read or written ({str(error).splitlines()[-1]}). Make room, or see to its permissions")
 
 
 def leave(status: int, reason: str) -> NoReturn:
@@ -1160,16 +1160,13 @@ def main(
     if options["gold"] == "oracle" and options["data"] != "template":
         fail(f"--gold oracle with --data {options['data']}: the oracle grades the templates' instructions only.")
     folder, logs = run / "annotations", run / "logs"
-    lock(folder)
+    record_config(folder, options)
     if not (folder / "labels.json").exists():
-        own_gold = options["gold"] != "oracle" and not options["gold_url"]
-        if options["data"] == "template" or own_gold:
+        if options["data"] == "template" or (options["gold"] != "oracle" and not options["gold_url"]):
             need_gpus(options)
         if options["gold_url"]:  # ask it once before any work
             with gold_endpoint(options, logs):
                 pass
-    record_config(folder, options)
-    if not (folder / "labels.json").exists():
         annotate(options, folder, logs)
     show_histogram(Counter(row["label"] for _, row in scan_jsonl(folder / "labels.jsonl", ["id", "split", "label"])))
 

@@ -526,9 +526,9 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
     train, validation = labelled(run, "judge_train", options["reasoning"]), labelled(run, "judge_validation")
     if not train or not validation:
         annotate.fail(f"{run}/annotations: {len(train)} examples to train on, {len(validation)} to validate on.")
-    annotate.need_gpus(options)
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
+        annotate.need_gpus(options)
         tokenizer = annotate.load_tokenizer(options["model"])
         pairs = [
             (

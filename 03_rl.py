@@ -594,6 +594,8 @@ def on_rank(options: dict[str, Any], folder: Path, endpoint: Any, task: Callable
     except annotate.LostServer as error:
         print(f"rank {sft.world()[0]}: a server is lost ({error})", flush=True)
         raise SystemExit(LOST_SERVER) from None
+    except annotate.ServerError as error:
+        annotate.fail(str(error))
 
 
 def with_servers(serving: Callable[[], contextlib.AbstractContextManager[Any]], folder: Path, train_gpus: str, rank: Callable[..., None], *arguments: Any) -> None:
@@ -754,9 +756,9 @@ def train_judge(
         adapter, origin = source / described["adapter"], source.name
     folder = run / "judges" / f"{name or (judge if adapter else f'{judge}-base')}-rl"
     options |= {**{key: described[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}, "judge": origin}
-    annotate.need_gpus(options)
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
+        annotate.need_gpus(options)
         judge_task(run, described, adapter)  # bad data end the command here, before servers start
         serving = partial(serve_judge, options, run)
         with_servers(serving, folder, options["train_gpus"], judge_rank, options, run, folder, described, adapter)
@@ -806,9 +808,9 @@ def train_policy(
     options["judge"] = judge_folder.name
     print(f"judge: {judge_folder}")
     folder = run / "policies" / (name or judge)
-    annotate.need_gpus(options)
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
+        annotate.need_gpus(options)
         policy_task(options, run, None)  # bad data end the command here, before servers start
         serving = partial(serve_policy_and_judge, options, trained, judge_folder / trained["adapter"], run)
         with_servers(serving, folder, options["train_gpus"], policy_rank, options, run, folder, trained)
