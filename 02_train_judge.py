@@ -4,7 +4,7 @@
     --reasoning      instruction + output -> the gold judge's reasoning, then digit  (SFT, LoRA)
 
 What goes in:   RUN/annotations/labels.jsonl
-What comes out: RUN/judges/direct-sft/ or RUN/judges/reasoning-sft/
+What comes out: RUN/judges/direct-sft/ or RUN/judges/reasoning-sft/ (--effort, --rubrics: reasoning-low-rubrics-sft/)
                 epoch-1/, epoch-2/ …   a PEFT adapter after each epoch
                 validation-1.jsonl …   its judgements of the validation outputs
                 metrics.jsonl          loss and learning rate of each optimiser step
@@ -452,12 +452,16 @@ def judge_rows(path: Path, judge: Any, rows: Iterable[dict[str, Any]], label: st
     return annotate.complete(path, {row["id"]: row for row in rows}, work, label, threads)
 
 
-def labelled(run: Path, split: str, reasoning: bool = False) -> list[dict[str, Any]]:
-    """The annotated outputs of `split` that carry a gold label (and a reasoning, if asked for)."""
+def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "") -> list[dict[str, Any]]:
+    """The annotated outputs of `split` that carry a gold label (and a reasoning, if asked for).
+
+    With `effort`, another than that of labels.jsonl: those reasoned about at that effort, with the same label.
+    """
     folder = run / "annotations"
-    annotate.need(folder / "labels.json", f"01_annotate.py --run {run}")
-    rows = annotate.read_jsonl(folder / "labels.jsonl", ["id", "split", "instruction", "output", "label", "reasoning"])
-    return [r for r in rows if r["split"] == split and r["label"] is not None and (r["reasoning"] or not reasoning)]
+    name = f"labels-{effort}" if effort else "labels"
+    annotate.need(folder / f"{name}.json", f"01_annotate.py --run {run}" + (f" --efforts {effort}" if effort else ""))
+    rows = annotate.scan_jsonl(folder / f"{name}.jsonl", ["id", "split", "instruction", "output", "label", "reasoning"])
+    return [r for _, r in rows if r["split"] == split and r["label"] is not None and (r["reasoning"] or not reasoning)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -501,6 +505,8 @@ def main(
     run: Path = annotate.RUN,
     preset: annotate.Preset | None = annotate.PRESET,  # type: ignore[name-defined]
     reasoning: bool = typer.Option(..., "--reasoning/--no-reasoning", help="Learn the gold judge's reasoning, or its label alone."),
+    effort: str = typer.Option("", help="Effort of the reasoning to learn: low, medium or high, as labelled by 01 (--efforts). Default: that of the labels."),
+    rubrics: bool = typer.Option(False, "--rubrics", help="Show the judge gold's rubric of each instruction, in training and wherever it judges."),
     model: str | None = option("model", "The judge's base model. Paper: Qwen3-1.7B to 14B."),
     lora_rank: int | None = option("lora_rank", "Rank of the adapter: 1, 8, 16, 32, 64, 128, 256 (as vLLM serves). Paper: full fine-tuning."),
     lora_modules: list[str] | None = option("lora_modules", "Linear layers that get an adapter."),
@@ -515,15 +521,41 @@ def main(
     threads: int | None = option("threads", "Judge calls in flight at once."),
     gpus: str | None = option("gpus", "GPUs that train, one rank on each, and then serve for validation."),
     seed: int | None = option("seed", "Seed of the adapter and of the order of examples."),
-    name: str = typer.Option("", help="Name of the judge's folder, RUN/judges/NAME-sft. Default: direct or reasoning."),
+    name: str = typer.Option("", help="Name of the judge's folder, RUN/judges/NAME-sft. Default: direct or reasoning, with effort and rubrics."),
+    plan: bool = annotate.PLAN,
+    tokens_per_second: float | None = annotate.RATE,
 ) -> None:  # fmt: skip
     options = annotate.settle(PRESETS if reasoning else DIRECT, run, preset, {**locals(), "lora_modules": lora_modules or None})
     options["reasoning"] = reasoning
-    train_judge(options, run, run / "judges" / f"{name or ('reasoning' if reasoning else 'direct')}-sft")
+    if effort and not reasoning:
+        annotate.fail("--effort is about the reasoning; leave it out or say --reasoning.")
+    begun = (run / "annotations" / "config.json").exists()
+    if begun and effort == annotate.reference_effort(annotate.read_options(run / "annotations")):
+        effort = ""
+    options |= {key: value for key, value in (("effort", effort), ("rubrics", rubrics)) if value}
+    if plan:
+        return annotate.show_plan(plan_training(options, run), options["preset"], tokens_per_second)
+    kind = "-".join(word for word in ("reasoning" if reasoning else "direct", effort, "rubrics" * rubrics) if word)
+    train_judge(options, run, run / "judges" / f"{name or kind}-sft")
+
+
+def plan_training(options: dict[str, Any], run: Path) -> list[Any]:
+    """The tokens to train on and the validation calls of one judge, from the beginning."""
+    facts = annotate.expect(run, options["preset"])
+    prompt = facts["judge_prompt"] + (annotate.ASSUMED["rubric"] if options.get("rubrics") else 0)
+    answer = 1 + (facts["reasoning"] if options["reasoning"] else 0)
+    if options.get("effort"):
+        answer = 1 + annotate.ASSUMED_REASONING[options["effort"]]
+    return [
+        ("examples to train on, all epochs", options["epochs"] * facts["judge_train"], 0, prompt + answer),
+        ("validation after each epoch", options["epochs"] * facts["judge_validation"], prompt, answer),
+    ]
 
 
 def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
-    train, validation = labelled(run, "judge_train", options["reasoning"]), labelled(run, "judge_validation")
+    train = labelled(run, "judge_train", options["reasoning"], options.get("effort", ""))
+    validation = labelled(run, "judge_validation")
+    rubrics = annotate.read_rubrics(run) if options.get("rubrics") else None
     if not train or not validation:
         annotate.fail(f"{run}/annotations: {len(train)} examples to train on, {len(validation)} to validate on.")
     annotate.record_config(folder, options)
@@ -532,7 +564,7 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
         tokenizer = annotate.load_tokenizer(options["model"])
         pairs = [
             (
-                annotate.judge_prompt(tokenizer, row["instruction"], row["output"], options["reasoning"]),
+                annotate.judge_prompt(tokenizer, row["instruction"], row["output"], options["reasoning"], annotate.find_rubric(rubrics, row["instruction"])),
                 annotate.judge_answer(tokenizer, row["label"], row["reasoning"] if options["reasoning"] else None),
             )
             for row in train
@@ -549,6 +581,7 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
 
 # What a later stage must know of a judge, beside where its adapter is.
 DESCRIBES = ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "temperature", "max_prompt")
+VARIANTS = ("effort", "rubrics")  # the same, where a judge has them
 
 
 def choose_epoch(
@@ -562,7 +595,7 @@ def choose_epoch(
     with serve_judges(options, run) as endpoint:
         for epoch in range(1, options["epochs"] + 1):
             endpoint.load_adapter(f"epoch-{epoch}", folder / f"epoch-{epoch}")
-            judge = open_judge(endpoint, tokenizer, f"epoch-{epoch}", options)
+            judge = open_judge(endpoint, tokenizer, f"epoch-{epoch}", options, run)
             verdicts = judge_rows(folder / f"validation-{epoch}.jsonl", judge, rows, f"epoch {epoch}", options["threads"])
             scores[epoch] = agreement(verdicts)
             print(f"epoch {epoch}: {describe(scores[epoch])}")
@@ -573,14 +606,18 @@ def choose_epoch(
         return -math.inf if math.isnan(value) else value
 
     best = max(scores, key=merit)
-    kept = {key: options[key] for key in DESCRIBES}
+    kept = {key: options[key] for key in (*DESCRIBES, *VARIANTS) if key in options}
     annotate.write_json(folder / "judge.json", {**kept, "epoch": best, "adapter": f"epoch-{best}", "validation": scores[best]})
 
 
-def open_judge(endpoint: Any, tokenizer: Any, adapter: str | None, judge: dict[str, Any]) -> Any:
-    """The judge described by `judge` (a judge.json, or the options it came from) behind `endpoint`."""
+def open_judge(endpoint: Any, tokenizer: Any, adapter: str | None, judge: dict[str, Any], run: Path) -> Any:
+    """The judge described by `judge` (a judge.json, or the options it came from) behind `endpoint`.
+
+    One that was trained with rubrics gets those of `run`.
+    """
+    rubrics = annotate.read_rubrics(run) if judge.get("rubrics") else None
     limits = judge["max_thinking"], judge["max_prompt"]
-    return annotate.Judge(endpoint, tokenizer, adapter, judge["reasoning"], *limits, judge["temperature"])
+    return annotate.Judge(endpoint, tokenizer, adapter, judge["reasoning"], *limits, judge["temperature"], rubrics)
 
 
 def serve_judges(options: dict[str, Any], run: Path, **more: Any) -> Any:

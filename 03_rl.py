@@ -450,9 +450,11 @@ def show(groups: Sequence[Sequence[dict[str, Any]]], step: int) -> None:
 def judge_task(run: Path, judge: dict[str, Any], start: Path | None) -> Task:
     """A judge against gold labels: eq. 1."""
     rows, tokenizer, reasoning = sft.labelled(run, "judge_train"), annotate.load_tokenizer(judge["model"]), judge["reasoning"]
+    rubrics = annotate.read_rubrics(run) if judge.get("rubrics") else None
 
     def prompt(row: dict[str, Any]) -> list[int]:
-        return annotate.judge_prompt(tokenizer, row["instruction"], row["output"], reasoning)
+        rubric = annotate.find_rubric(rubrics, row["instruction"])
+        return annotate.judge_prompt(tokenizer, row["instruction"], row["output"], reasoning, rubric)
 
     def reward(row: dict[str, Any], sample: Any) -> tuple[float, dict[str, Any]]:
         score = read_score(sample.text, reasoning) if sample.finished else None
@@ -499,6 +501,25 @@ def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
     judge = annotate.read_json(folder / "judge.json", ("adapter", *sft.DESCRIBES))
     sft.check_adapter(folder / judge["adapter"], judge["model"], judge["lora_rank"])
     return folder, judge
+
+
+def plan_steps(options: dict[str, Any], run: Path, folder: Path, judge: str | None) -> tuple[list[Any], float | None]:
+    """(the calls and tokens of the steps still to come, their seconds as measured on the steps done).
+
+    `judge`: the name of the judge to please; None where the judge itself is trained.
+    """
+    facts = annotate.expect(run, options["preset"])
+    done = annotate.peek(folder / "metrics.jsonl", limit=options["steps"])
+    left = options["steps"] - len(done)
+    number = left * options["prompts"] * options["group"]
+    read, written = facts["instruction"], min(facts["output"], options["max_tokens"])
+    if judge is None:
+        read, written = facts["judge_prompt"], min(facts["reasoning"] + 1, options["max_tokens"])
+    parts = [("rollouts", number, read / options["group"], written)]  # a group's prompt is read once
+    if judge is not None:
+        parts += [("judgements", number, facts["judge_prompt"], 1 if "direct" in judge else facts["reasoning"] + 1)]
+    parts += [("rollouts to train on", number, 0, read / options["group"] + written)]
+    return parts, left * fmean(step["seconds"] for step in done) if done else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -582,7 +603,7 @@ def policy_rank(
     policy, ours, name = doors
 
     def task() -> Task:
-        served = sft.open_judge(annotate.Endpoint(*ours), annotate.load_tokenizer(judge["model"]), name, judge)
+        served = sft.open_judge(annotate.Endpoint(*ours), annotate.load_tokenizer(judge["model"]), name, judge, run)
         return policy_task(options, run, served)
 
     on_rank(options, folder, annotate.Endpoint(*policy), task, lineage)
@@ -743,10 +764,16 @@ def train_judge(
     judge_gpus: str | None = judge_option("judge_gpus"),
     train_gpus: str | None = judge_option("train_gpus"),
     seed: int | None = judge_option("seed"),
+    plan: bool = annotate.PLAN,
+    tokens_per_second: float | None = annotate.RATE,
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
     options = annotate.settle(JUDGE, run, preset, dict(locals()), temperature=SAMPLING)
     judge = judge.removesuffix("-sft")
+    folder = run / "judges" / f"{name or (f'{judge}-base' if start == Start.base else judge)}-rl"
+    if plan:
+        parts, seconds = plan_steps(options, run, folder, None)
+        return annotate.show_plan(parts, options["preset"], tokens_per_second, seconds)
     if start == Start.base:
         described = {**annotate.settle(sft.PRESETS, run, preset, {}), "reasoning": "direct" not in judge}
         described = {key: described[key] for key in sft.DESCRIBES} | {"max_thinking": options["max_tokens"]}
@@ -754,7 +781,6 @@ def train_judge(
     else:
         source, described = find_judge(run, f"{judge}-sft")
         adapter, origin = source / described["adapter"], source.name
-    folder = run / "judges" / f"{name or (judge if adapter else f'{judge}-base')}-rl"
     options |= {**{key: described[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}, "judge": origin}
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
@@ -801,13 +827,18 @@ def train_policy(
     policy_url: str | None = policy_option("policy_url"),
     judge_url: str | None = policy_option("judge_url"),
     seed: int | None = policy_option("seed"),
+    plan: bool = annotate.PLAN,
+    tokens_per_second: float | None = annotate.RATE,
 ) -> None:  # fmt: skip
     """Train a policy against a judge (its expected score)."""
     options = annotate.settle(POLICY, run, preset, {**locals(), "lora_modules": lora_modules or None}, temperature=SAMPLING)
+    folder = run / "policies" / (name or judge)
+    if plan:
+        parts, seconds = plan_steps(options, run, folder, judge)
+        return annotate.show_plan(parts, options["preset"], tokens_per_second, seconds)
     judge_folder, trained = find_judge(run, judge)
     options["judge"] = judge_folder.name
     print(f"judge: {judge_folder}")
-    folder = run / "policies" / (name or judge)
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
         annotate.need_gpus(options)

@@ -20,6 +20,7 @@ Simpler than the paper, and why:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,7 +51,7 @@ def trained_judges(run: Path) -> dict[str, dict[str, Any]]:
     for name, judge in found.items():
         judge["adapter"] = sft.check_adapter(run / "judges" / name / judge["adapter"], judge["model"], judge["lora_rank"])
     first = next(iter(found.values()))
-    return {BASE: {**first, "reasoning": False, "adapter": None}, **found}
+    return {BASE: {**first, "reasoning": False, "adapter": None, "rubrics": False}, **found}
 
 
 def trained_policies(run: Path) -> dict[str, dict[str, Any]]:
@@ -142,7 +143,7 @@ def score_outputs(
     elif missing(path, tasks):
         judge = judges[name]
         with server.adapter(judge["model"], judge["adapter"]) as (endpoint, adapter):
-            door = sft.open_judge(endpoint, annotate.load_tokenizer(judge["model"]), adapter, judge)
+            door = sft.open_judge(endpoint, annotate.load_tokenizer(judge["model"]), adapter, judge, server.run)
 
             def ask(row: dict[str, Any]) -> dict[str, Any]:
                 return asdict(annotate.ask_judge(door, row["instruction"], row["output"]))
@@ -172,6 +173,32 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def plan_evaluation(run: Path, gold_curve: bool) -> list[Any]:
+    """The calls that `judges`, or `gold`, has still to make: of what the run holds, else of what a run usually has."""
+    options = annotate.read_options(annotate.need(run / "annotations" / "config.json", f"01_annotate.py --run {run}").parent)
+    facts, folder = annotate.expect(run, options["preset"]), run / "evaluation"
+
+    def judgements(judge: str, outputs: float, path: Path) -> tuple[Any, ...]:
+        written = facts["reasoning"] + 1 if judge.startswith("reasoning") else 1
+        return f"judgements by {judge}", outputs - annotate.count_lines(path), facts["judge_prompt"], written
+
+    if not gold_curve:
+        names = sorted(path.parent.name for path in run.glob("judges/*/judge.json")) or ["direct-sft", "reasoning-sft", "reasoning-rl"]
+        return [judgements(name, facts["judge_test"], folder / "judges" / f"{name}.jsonl") for name in [BASE, *names]]
+    rl = import_module("03_rl")
+    usual = annotate.preset_values(rl.POLICY, options["preset"])
+    policies = [annotate.read_options(path.parent) for path in run.glob("policies/*/config.json")]
+    policies = policies or [{**usual, "judge": judge} for judge in ("direct-sft", "reasoning-rl")]
+    outputs = {p["judge"]: facts["policy_test"] * (1 + math.ceil(p["steps"] / p["checkpoint_every"])) for p in policies}
+    number = sum(outputs.values()) - facts["policy_test"] * (len(outputs) - 1)  # one untrained base model
+    parts = [("outputs", number - annotate.count_lines(folder / "outputs.jsonl"), facts["instruction"], facts["output"])]
+    parts += [judgements(judge, n, folder / "scores" / f"{judge}.jsonl") for judge, n in outputs.items()]
+    if options["gold"] != "oracle":
+        _, calls, read, _ = judgements(GOLD, number, folder / "scores" / f"{GOLD}.jsonl")
+        parts += [("judgements by gold", calls, read, facts["reasoning"] + 1)]
+    return parts
+
+
 # ---------------------------------------------------------------------------------------------
 # judges
 # ---------------------------------------------------------------------------------------------
@@ -181,8 +208,13 @@ THREADS = typer.Option(64, min=1, help="Requests in flight at once.")
 
 
 @app.command("judges")
-def judges_command(run: Path = annotate.RUN, threads: int = THREADS) -> None:
+def judges_command(
+    run: Path = annotate.RUN, threads: int = THREADS, plan: bool = annotate.PLAN, tokens_per_second: float | None = annotate.RATE
+) -> None:
     """Agreement of every judge with gold on the judges' test set: the paper's alpha, x 100."""
+    if plan:
+        parts = plan_evaluation(run, gold_curve=False)
+        return annotate.show_plan(parts, annotate.read_options(run / "annotations")["preset"], tokens_per_second)
     rows = sft.labelled(run, "judge_test")
     judges = trained_judges(run)
     folder = run / "evaluation"
@@ -193,7 +225,7 @@ def judges_command(run: Path = annotate.RUN, threads: int = THREADS) -> None:
             path = folder / "judges" / f"{name}.jsonl"
             if missing(path, (row["id"] for row in rows)):
                 with server.adapter(judge["model"], judge["adapter"]) as (endpoint, adapter):
-                    door = sft.open_judge(endpoint, annotate.load_tokenizer(judge["model"]), adapter, judge)
+                    door = sft.open_judge(endpoint, annotate.load_tokenizer(judge["model"]), adapter, judge, run)
                     sft.judge_rows(path, door, rows, name, threads)
             wanted = {row["id"] for row in rows}
             scores[name] = sft.agreement([r for r in annotate.read_jsonl(path, ["id", "gold"]) if r["id"] in wanted])
@@ -248,8 +280,13 @@ def write_outputs(run: Path, policies: dict[str, Any], server: OneServer, thread
 
 
 @app.command("gold")
-def gold_command(run: Path = annotate.RUN, threads: int = THREADS) -> None:
+def gold_command(
+    run: Path = annotate.RUN, threads: int = THREADS, plan: bool = annotate.PLAN, tokens_per_second: float | None = annotate.RATE
+) -> None:
     """The over-optimisation curves: own judge and gold judge over training steps."""
+    if plan:
+        parts = plan_evaluation(run, gold_curve=True)
+        return annotate.show_plan(parts, annotate.read_options(run / "annotations")["preset"], tokens_per_second)
     judges, policies = trained_judges(run), trained_policies(run)
     folder = run / "evaluation"
     annotate.lock(folder)

@@ -156,11 +156,13 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("04 judges --run {run}", {"run/evaluation": b"a file"}, ("evaluation", "--run")),
     # preference data
     (CHAT.replace("rows.jsonl", "none.jsonl") + " --gold-url {url}/0/ok/v1", {}, ("none.jsonl",)),
-    (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": b""}, ("0 distinct instructions",)),
+    (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": b""}, ("rows.jsonl", "no row")),
     (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": b"<html>\n"}, ("rows.jsonl, line 1", "not JSON")),
     (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": b"[1, 2]\n"}, ("rows.jsonl, line 1", "fields")),
     (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": jsonl(PAIR, without(PAIR, "source"))}, ("rows.jsonl, line 2", "source")),
-    (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": jsonl({**PAIR, "source": 5})}, ("rows.jsonl, line 1", "source is '5'")),
+    (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": jsonl({**PAIR, "chosen": 5, "rejected": []})}, ("rows.jsonl", "no row")),
+    (f"{NEW} --efforts low,most", {}, ("--efforts low,most", "low, medium or high")),
+    (f"{NEW} --gold openai/gpt-oss-20b", {}, ("--gold-effort none", "low, medium or high")),
     (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": b'{"prompt": "\x00"}\n'}, ("rows.jsonl, line 1", "not JSON")),
     (CHAT + " --gold-url {url}/0/ok/v1", {"rows.jsonl": b"\xff\xfe{\x00}\x00\n\x00"}, ("rows.jsonl, line 1", "not JSON")),
     # the gold judge elsewhere
@@ -303,7 +305,7 @@ def test_unwritable_folder(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_a_prompt_over_the_context_is_unusable_not_fatal(server: str) -> None:
     endpoint = annotate.Endpoint(f"{server}/0/long/v1", "secret", "gold")
-    assert annotate.gold_by_chat(endpoint, "x", "y", 8, "none") == {"label": None, "reasoning": "", "cause": "too long"}
+    assert annotate.gold_by_chat(endpoint, "x", "y", 8, "none") == {"label": None, "reasoning": "", "cause": "prompt too long"}
 
 
 # --- as a user runs it ---------------------------------------------------------------------------

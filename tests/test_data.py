@@ -130,28 +130,6 @@ def test_no_text_stands_in_two_splits() -> None:
         annotate.split_instructions(texts[:20], sizes, seed=1)
 
 
-def test_preference_rows_with_all_their_blemishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def row(prompt: Any, chosen: Any, rejected: Any, source: str) -> dict[str, Any]:
-        turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}] for text in (chosen, rejected)]
-        return {"id": "x", "prompt": prompt, "chosen": turns[0], "rejected": turns[1], "source": source}
-
-    multi = row("multi", "a", "b", "off-policy")
-    multi["chosen"] = multi["chosen"] * 2
-    rows = [
-        row("one", "good", "bad", "tulu-off-policy"), row("one", "again", "twice", "on-policy"), row("two", "same", "same", "persona_if"),
-        row("three", "p", "q", "on-policy"), row("four", "", "b", "off-policy"), row("five", None, "b", "off-policy"),
-        row("six", "x" * 99, "b", "off-policy"), multi, row("seven", "a", "b", "off-policy"),
-    ]  # fmt: skip
-    path = tmp_path / "data.jsonl"
-    annotate.write_jsonl(path, rows)
-    candidates, others = annotate.read_preferences(str(path), rows=2, seed=0, max_chars=50)
-    assert candidates == {"one": ["good", "bad"], "two": ["same"]}
-    assert others == ["three", "seven"]
-    counts = capsys.readouterr().out
-    for line in ("multi-turn, empty or not text 3", "too long 1", "seen before 1", "judges 2", "policies 2"):
-        assert line in counts
-
-
 def test_real_text_fits_the_prompt(tokenizer: Any) -> None:
     path = SHARED / "llmbar" / "Natural.json"
     if not path.exists():
