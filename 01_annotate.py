@@ -29,7 +29,10 @@ P prompts, G rollouts a prompt, N rollouts in all, T tokens, V vocabulary, D hid
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
 import itertools
@@ -40,14 +43,16 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -102,9 +107,13 @@ def defuse(text: str) -> str:
     """`text` with chat-template tokens and thinking tags made inert (`<|im_end|>` -> `‹|im_end|›`).
 
     Templates are rendered to one string before they are tokenised, so a special token spelled out
-    in an output would otherwise end the user's turn.
+    in an output would otherwise end the user's turn. Here are those of every model we know, for a
+    judge behind a chat URL; `chat_ids` adds those of the tokenizer at hand. A lone surrogate, which
+    no tokenizer takes, becomes a question mark.
     """
-    return re.sub(r"<(?=/?think>|\|)", "‹", text).replace("|>", "|›")
+    text = text.encode("utf-8", "replace").decode()
+    text = re.sub(r"<(?=/?think>|\||/?s>|[be]os>|(start|end)_of_turn>)", "‹", text).replace("|>", "|›")
+    return re.sub(r"\[(?=/?INST\])", "⁅", text)
 
 
 def judge_messages(instruction: str, output: str, other: str | None = None, rubric: str = "") -> list[dict[str, str]]:
@@ -122,7 +131,14 @@ def judge_messages(instruction: str, output: str, other: str | None = None, rubr
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of `messages` in the model's chat template, up to where the assistant speaks."""
+    """Token ids of `messages` in the model's chat template, up to where the assistant speaks.
+
+    A token that the tokenizer holds whole outside its ordinary vocabulary (`<repo_name>`) is broken
+    up by a space wherever a message spells it out.
+    """
+    for token in tokenizer.get_added_vocab():
+        if len(token.strip()) > 1 and any(token in message["content"] for message in messages):
+            messages = [{**m, "content": m["content"].replace(token, f"{token[0]} {token[1:]}")} for m in messages]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
@@ -177,18 +193,61 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(1)
 
 
+def start(app: typer.Typer) -> None:
+    """Run a stage's command so that whatever ends it ends its servers, and says why in one line.
+
+    Every file of a run is whole, or mended by the next command, at any moment: so Ctrl-C and `kill`
+    need not wait for requests in flight, and after a full disk the same command goes on.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: leave(128 + number, "stopped"))
+    try:
+        app()
+    except ServerError as error:
+        leave(1, f"error: {error}")
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        if not full and os.strerror(errno.ENOSPC) not in str(error):  # as safetensors and the other ranks say it
+            raise
+        leave(1, f"error: a file can not be read or written ({str(error).splitlines()[-1]}). Make room, or see to its permissions")
+
+
+def leave(status: int, reason: str) -> NoReturn:
+    """End our servers and then this process, without waiting for its threads."""
+    with contextlib.suppress(OSError, RuntimeError):  # a closed pipe, a full disk, the print that a signal interrupted
+        os.write(2, f"\n{reason}. What is finished is kept: the same command goes on.\n".encode())
+        sys.stdout.flush()
+    end_servers(SERVERS)
+    os._exit(status)
+
+
+# What the fields of our records may be; `read_jsonl` checks those that its caller needs.
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "id": ("a text or a number", lambda v: type(v) in (str, int)),
+    **dict.fromkeys(("split", "instruction", "output", "policy"), ("a text", lambda v: isinstance(v, str))),
+    "label": ("a digit 0-9 or null", lambda v: v is None or (type(v) is int and 0 <= v <= 9)),
+    "step": ("a count", lambda v: type(v) is int and v >= 0),
+    "expected": ("a number or null", lambda v: v is None or type(v) in (int, float)),
+    "outputs": ("a list of texts", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)),
+}
+
+
 def scan_jsonl(path: Path, needs: Iterable[str] = (), mend: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
     """(byte at which it begins, record) for each record of `path`; none if it does not exist.
 
     A last line without its newline is what a killed writer leaves behind: it is cut off and the
     record is made again. Without `mend` the file is not ours to change: such a line counts if it is
-    whole. Any other damage, and a record without the fields `needs`, ends the command with file and
-    line.
+    whole. Any other damage, a record without the fields `needs` or with one of a wrong type
+    (`FIELDS`), and an id that comes twice, end the command with file and line.
     """
     if not path.exists():
         return
-    place = 0
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        fail(f"{path} can not be read ({error.strerror}).")
+    place, lines = 0, {}
+    with file:
         for number, line in enumerate(file, 1):
             whole = line.endswith(b"\n")
             if mend and not whole:
@@ -197,14 +256,18 @@ def scan_jsonl(path: Path, needs: Iterable[str] = (), mend: bool = True) -> Iter
                 return
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not whole:
                     print(f"{path}: left out a half-written last line ({len(line)} bytes)")
                     return
                 fail(f"{path}, line {number}: not JSON ({error}). Remove or mend the line.")
-            missing = [key for key in needs if key not in record] if isinstance(record, dict) else needs
-            if missing or not isinstance(record, dict):
-                fail(f"{path}, line {number}: not a record with the fields {', '.join(needs)}.")
+            if not isinstance(record, dict) or any(key not in record for key in needs):
+                fail(f"{path}, line {number}: not a record with the fields {', '.join(needs)}. Remove or mend the line.")
+            for key in needs:
+                if key in FIELDS and not FIELDS[key][1](record[key]):
+                    fail(f"{path}, line {number}: {key} is {str(record[key])[:60]!r}, not {FIELDS[key][0]}. Mend the line.")
+            if "id" in needs and lines.setdefault(record["id"], number) != number:
+                fail(f"{path}, line {number}: the id {record['id']} stands in line {lines[record['id']]} already. Remove one of them.")
             yield place, record
             place += len(line)
 
@@ -244,6 +307,18 @@ def write_text(path: Path, parts: Iterable[str]) -> None:
     scratch.replace(path)
 
 
+def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object in `path`, which must have the fields `needs`."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} can not be read ({error}). Restore it, or delete {path.parent} to begin again.")
+    missing = [key for key in needs if not isinstance(value, dict) or key not in value]
+    if missing or not isinstance(value, dict):
+        fail(f"{path} lacks {', '.join(missing) or 'its form'}. Restore it, or delete {path.parent} to begin again.")
+    return value
+
+
 def complete(
     path: Path, tasks: dict[str, Any], work: Callable[[Any], dict[str, Any]], label: str, threads: int, keep: bool = True
 ) -> list[dict[str, Any]]:
@@ -256,29 +331,33 @@ def complete(
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {record["id"]: record if keep else None for _, record in scan_jsonl(path, ["id"]) if record["id"] in tasks}
     todo = [key for key in tasks if key not in done]
-    if todo:
-        with ThreadPoolExecutor(threads) as pool, tqdm(total=len(tasks), initial=len(done), desc=label) as bar:
-            # A bounded window keeps memory flat however many tasks there are.
-            waiting: dict[Future[dict[str, Any]], str] = {}
-            finished: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
-            queue = iter(todo)
-            try:
-                while True:
-                    for key in itertools.islice(queue, 2 * threads - len(waiting)):
-                        future = pool.submit(work, tasks[key])
-                        waiting[future] = key
-                        future.add_done_callback(finished.put)
-                    if not waiting:
-                        break
-                    future = finished.get()
-                    key = waiting.pop(future)
-                    record = {"id": key, **future.result()}
-                    append_jsonl(path, record)
-                    done[key] = record if keep else None
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    pool = ThreadPoolExecutor(threads)
+    try:
+        # A bounded window keeps memory flat however many tasks there are.
+        waiting: dict[Future[dict[str, Any]], str] = {}
+        finished: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
+        queue = iter(todo)
+        with tqdm(total=len(tasks), initial=len(done), desc=label, disable=not todo) as bar:
+            while True:
+                for key in itertools.islice(queue, 2 * threads - len(waiting)):
+                    future = pool.submit(work, tasks[key])
+                    waiting[future] = key
+                    future.add_done_callback(finished.put)
+                if not waiting:
+                    break
+                future = finished.get()
+                key = waiting.pop(future)
+                record = {"id": key, **future.result()}
+                append_jsonl(path, record)
+                done[key] = record if keep else None
+                bar.update()
+    except ServerError:
+        for future, key in waiting.items():  # answers that came before the error was seen
+            if future.done() and not future.exception():
+                append_jsonl(path, {"id": key, **future.result()})
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for requests in flight
     return [done[key] for key in tasks] if keep else []
 
 
@@ -289,18 +368,51 @@ def need(path: Path, command: str) -> Path:
     return path
 
 
-def record_config(folder: Path, options: dict[str, Any]) -> None:
-    """Write `folder`/config.json; on a second run insist that the options are the same.
+LOCKS: dict[Path, int] = {}  # folder -> open file; the kernel lets go of them when the process ends, kill -9 included
 
-    A run that goes on with other options would mix two experiments in one folder.
+
+def lock(folder: Path) -> None:
+    """Make `folder` and hold it until this process ends; a second command on it ends at once.
+
+    The folder itself is locked: no file is left behind that could outlive its holder.
     """
+    if folder.resolve() in LOCKS:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        fail(f"{folder} can not be made or opened ({error.strerror}: {error.filename}). Use another --run.")
+    if not os.access(folder, os.W_OK):
+        fail(f"{folder} can not be written. Change its permissions or use another --run.")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locks, inode = Path("/proc/locks"), f":{folder.stat().st_ino} "
+        holders = [line.split()[4] for line in locks.read_text().splitlines() if inode in line and "->" not in line] if locks.exists() else []
+        fail(f"{folder} is in use by another command (process {', '.join(holders) or 'unknown'}). Wait for it, or use another --run.")
+    LOCKS[folder.resolve()] = handle
+
+
+# Options that say where and how fast, not what: they may change when a run goes on.
+FREE = ("threads", "gpus", "policy_gpus", "judge_gpus", "train_gpus", "policy_url", "judge_url", "tokens_per_pass", "save_every", "show_every")
+
+
+def record_config(folder: Path, options: dict[str, Any]) -> None:
+    """Lock `folder` and write its config.json; on a second run insist that the options are the same (but for `FREE`).
+
+    A run that goes on with other options would mix two experiments in one folder. One that failed
+    before it made anything may begin again with others.
+    """
+    lock(folder)
     path = folder / "config.json"
     options = json.loads(json.dumps(options, default=str))
-    if path.exists():
-        before = json.loads(path.read_text())["options"]
-        changed = sorted(k for k in before.keys() | options.keys() if before.get(k) != options.get(k))
+    if path.exists() and any(other.name != path.name for other in folder.iterdir()):
+        before = read_json(path, ["options"])["options"]
+        changed = sorted(k for k in (before.keys() | options.keys()) - set(FREE) if before.get(k) != options.get(k))
         if changed:
-            was = ", ".join(f"{k} = {before.get(k)!r} (now {options.get(k)!r})" for k in changed)
+            was = ", ".join(f"{k} = {before.get(k)!r} (now {options.get(k)!r})" for k in changed[:5])
+            was += f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             fail(f"{path}: this folder was begun with {was}. Use the same options, another --run, or delete {folder}.")
         return
     versions = {"python": sys.version.split()[0]}
@@ -312,7 +424,7 @@ def record_config(folder: Path, options: dict[str, Any]) -> None:
 
 def read_options(folder: Path) -> dict[str, Any]:
     """The options that `record_config` wrote for `folder`."""
-    return json.loads((folder / "config.json").read_text())["options"]
+    return read_json(folder / "config.json", ["options"])["options"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -338,27 +450,77 @@ def option(table: Table, name: str, text: str, **more: Any) -> Any:
     return typer.Option(None, help=f"{text} [laptop {laptop}, gpu {gpu}, node {node}]", show_default=False, **more)
 
 
-def settle(table: Table, run: Path, preset: Preset | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The options in force: those `given`, and the preset's for those left out.
+# What an option may be, in every stage that has it: (least, most), a list of choices, or a pattern.
+# Numbers that are not named here may be anything from 0.
+COUNTS = (
+    "gold_tokens outputs output_tokens max_chars threads batch epochs max_thinking max_prompt tokens_per_pass "
+    "save_every checkpoint_every show_every steps prompts minibatches max_tokens"
+).split()  # fmt: skip
+LIMITS: dict[str, Any] = {
+    **dict.fromkeys(COUNTS, (1, 10_000_000)),
+    "threads": (1, 10_000),
+    "group": (2, 10_000),  # the mean of a group of one is its own reward: no advantage
+    "lr": (1e-9, 1.0),
+    "temperature": (0.0, 2.0),
+    "clip_low": (0.0, 1.0),
+    "clip_high": (0.0, 1.0),
+    "beta": (0.0, 100.0),
+    "lora_rank": [1, 8, 16, 32, 64, 128, 256, 320, 512],  # what vLLM serves
+    "lora_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gold_effort": ["low", "medium", "high", "none"],
+    **dict.fromkeys(("gpus", "policy_gpus", "judge_gpus", "train_gpus"), re.compile(r"\d+(,\d+)*")),
+    **dict.fromkeys(("gold_url", "policy_url", "judge_url"), re.compile(r"|https?://\S+")),
+}
+
+
+def check_option(name: str, value: Any, limits: dict[str, Any]) -> None:
+    """End the command if `value` is not among the `limits` of option `name`."""
+    limit = limits.get(name, (0, math.inf))
+    if isinstance(limit, list):
+        wrong = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if v not in limit]
+        text = f"one of {', '.join(map(str, limit))}"
+    elif isinstance(limit, re.Pattern):
+        wrong, text = [value] * (not limit.fullmatch(value)), f"of the form {limit.pattern}"
+    else:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        wrong, text = [value] * (number and not limit[0] <= value <= limit[1]), f"from {limit[0]:g} to {limit[1]:g}"
+    if wrong or (isinstance(value, float) and not math.isfinite(value)):
+        fail(f"--{name.replace('_', '-')} {value}: must be {text}.")
+
+
+def settle(table: Table, run: Path, preset: Preset | None, given: dict[str, Any], **limits: Any) -> dict[str, Any]:
+    """The options in force: those `given`, and the preset's for those left out; `limits` go before `LIMITS`.
 
     The preset of a run is the one that 01 was started with; another one is refused.
     """
     began = run / "annotations" / "config.json"
     if began.exists():
-        first = Preset(read_options(began.parent)["preset"])
+        first = read_options(began.parent).get("preset")
+        if first not in list(Preset):
+            fail(f"{began}: {first!r} is no preset. Restore the file, or use another --run.")
         if preset not in (None, first):
             fail(f"{run} was begun with --preset {first}, not {preset}. Leave the option out or use another --run.")
-        preset = first
+        preset = Preset(first)
     if preset is None:
         fail(f"{began} is missing: give --preset, or run this first: python 01_annotate.py --preset laptop --run {run}")
     column = list(Preset).index(preset)
     options = {"preset": str(preset)}
     for name, values in table.items():
-        value = values[column] if given.get(name) is None else given[name]
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or math.isnan(value)):
-            fail(f"--{name.replace('_', '-')} {value}: must not be negative.")
-        options[name] = value
+        options[name] = values[column] if given.get(name) is None else given[name]
+        check_option(name, options[name], {**LIMITS, **limits})
     return options
+
+
+def need_gpus(options: dict[str, Any]) -> None:
+    """End the command if the GPUs that `options` name are not here; `--preset laptop` also runs without any."""
+    import torch
+
+    here = torch.cuda.device_count()
+    for name in ("gpus", "policy_gpus", "judge_gpus", "train_gpus"):
+        if name in options and not options.get(name.replace("gpus", "url")) and (here or options["preset"] != Preset.laptop):
+            missing = [gpu for gpu in options[name].split(",") if int(gpu) >= here]
+            if missing:
+                fail(f"--{name.replace('_', '-')}: GPU {', '.join(missing)} is not here; this machine has {here}, counted from 0.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -473,6 +635,22 @@ os.killpg(0, signal.SIGKILL)
 """
 
 
+SERVERS: list[subprocess.Popen[bytes]] = []  # the watchdogs of our running servers
+PATIENCE = 300.0  # seconds without any answer after which a server counts as hung
+
+
+class ServerError(RuntimeError):
+    """A server is lost, refuses us, or answers nonsense; the message names it. `start` shows it."""
+
+
+class LostServer(ServerError):
+    """It is gone, or so ill that it answers 500: a new one may do better."""
+
+
+class TooLong(ServerError):
+    """The prompt, with the tokens asked for, does not fit the server's context."""
+
+
 @dataclass
 class Sample:
     """One sampled completion: `tokens_T` as the server drew them (stop token included)."""
@@ -488,23 +666,60 @@ class Endpoint:
     """An OpenAI-compatible server. Calls are thread-safe and retried with back-off by the client.
 
     `url` may name several replicas of one server, separated by commas: calls go to them in turn.
+    `about`: what an error calls the server, say with the place of its log.
     """
 
     url: str
     key: str = field(repr=False)
     model: str
+    about: str = ""
 
     def __post_init__(self) -> None:
         import openai
 
+        self.about = self.about or f"{self.model} at {self.url}"
         urls = self.url.split(",")
         self.client = openai.OpenAI(base_url=urls[0], api_key=self.key, max_retries=4, timeout=3600)
-        self.replicas = [self] if len(urls) == 1 else [Endpoint(url, self.key, self.model) for url in urls]
+        self.replicas = [self] if len(urls) == 1 else [Endpoint(url, self.key, self.model, self.about) for url in urls]
         self.turns = itertools.cycle(self.replicas)
 
     def replica(self) -> Endpoint:
         """The server whose turn it is. Calls that share a prompt are best made to one of them."""
         return next(self.turns)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn what a dead, failing or nonsense-talking server causes into a `ServerError` that names it."""
+        import openai
+
+        try:
+            yield
+        except (openai.OpenAIError, OSError, http.client.HTTPException) as error:
+            refused = isinstance(error, (openai.APIStatusError, urllib.error.HTTPError))
+            lost = not refused or isinstance(error, openai.InternalServerError)
+            text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
+            reason = " ".join(f"{error} {text or error.__cause__ or ''}".split()).rstrip(".")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            lost, reason = False, f"not an answer of the expected form ({type(error).__name__}: {error})"
+        else:
+            return
+        too_long = re.search("context.length|maximum (model|input) length", reason)
+        kind = LostServer if lost else TooLong if too_long else ServerError
+        raise kind(f"{self.about}: {reason.replace(self.key, '***')[:400]}")
+
+    def check(self, variable: str) -> None:
+        """End the command unless the server answers, takes our key (from `variable`) and knows our model."""
+        import openai
+
+        for server in self.replicas:
+            try:
+                served = [model.id for model in server.client.with_options(max_retries=1, timeout=60).models.list().data]
+            except (openai.AuthenticationError, openai.PermissionDeniedError):
+                fail(f"{self.about}: the key was refused. Set the right one in the environment: {variable}.")
+            except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+                fail(f"{self.about}: {server.url}/models gives no list of models ({' '.join(str(error).split())[:200]}). Is the URL right?")
+            if self.model not in served:
+                fail(f"{self.about}: it does not have the model {self.model}, but {', '.join(served[:8])}.")
 
     def sample(self, prompt: list[int], n: int = 1, model: str | None = None, **settings: Any) -> list[Sample]:
         """`n` completions of the token ids `prompt`, by the base model or the adapter `model`.
@@ -512,21 +727,28 @@ class Endpoint:
         Log-probabilities are of the distribution really sampled from (after temperature and masks).
         """
         extra = {"return_token_ids": True, **settings.pop("extra", {})}
-        answer = self.replica().client.completions.create(
-            model=model or self.model, prompt=prompt, n=n, logprobs=0, extra_body=extra, **settings
-        )
-        return [
-            Sample(list(c.token_ids), list(c.logprobs.token_logprobs), c.text, c.finish_reason == "stop")
-            for c in sorted(answer.choices, key=lambda choice: choice.index)
-        ]
+        with self.errors():
+            answer = self.replica().client.completions.create(
+                model=model or self.model, prompt=prompt, n=n, logprobs=0, extra_body=extra, **settings
+            )
+            samples = [
+                Sample(list(c.token_ids), list(c.logprobs.token_logprobs), c.text, c.finish_reason == "stop")
+                for c in sorted(answer.choices, key=lambda choice: choice.index)
+            ]
+            if len(samples) != n or any(len(s.tokens_T) != len(s.logprobs_T) for s in samples):
+                raise ValueError(f"{len(samples)} completions, {n} were asked for, or log-probabilities missing")
+        return samples
 
     def chat(self, messages: list[dict[str, str]], **settings: Any) -> tuple[str, str, bool]:
         """(final text, reasoning, finished) of one chat answer. The reasoning may be empty."""
-        answer = self.replica().client.chat.completions.create(model=self.model, messages=messages, **settings)
-        message = answer.choices[0].message
-        extra = message.model_extra or {}
-        reasoning = extra.get("reasoning") or extra.get("reasoning_content") or ""
-        return message.content or "", reasoning, answer.choices[0].finish_reason == "stop"
+        with self.errors():
+            answer = self.replica().client.chat.completions.create(model=self.model, messages=messages, **settings)
+            message = answer.choices[0].message
+            extra = message.model_extra or {}
+            reasoning = extra.get("reasoning") or extra.get("reasoning_content") or ""
+            if not isinstance(message.content, str | None) or not isinstance(reasoning, str):
+                raise ValueError(f"content {message.content!r}")
+            return message.content or "", reasoning, answer.choices[0].finish_reason == "stop"
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Serve the PEFT adapter in `path` as model `name`. A name is for one set of weights only."""
@@ -539,11 +761,20 @@ class Endpoint:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         for server in self.replicas:
             request = urllib.request.Request(f"{server.url}/{verb}", json.dumps(body).encode(), headers)
-            try:
-                with urllib.request.urlopen(request, timeout=600):
-                    pass
-            except urllib.error.HTTPError as error:
-                raise RuntimeError(f"{verb} {body}: {error.code} {error.read().decode(errors='replace')[:300]}") from None
+            with self.errors():
+                urllib.request.urlopen(request, timeout=600).close()
+
+
+def hold_port() -> socket.socket:
+    """A free port of 127.0.0.1, bound without listening, to be closed when the server on it has ended.
+
+    So the kernel gives it to nobody else who asks for a free one, say another run, while vLLM,
+    which sets SO_REUSEADDR as well, can bind it.
+    """
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    return place
 
 
 @contextlib.contextmanager
@@ -570,11 +801,12 @@ def serve(
     if not Path(model, "config.json").exists() and model == LAPTOP_MODEL:
         make_laptop_model(Path(model))
     logs.mkdir(parents=True, exist_ok=True)
+    os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1"]))
     key = secrets.token_urlsafe(24)
     environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
     # Processed log-probabilities are those of the distribution sampled from; the generation config
     # of a model would otherwise add top-k and top-p of its own.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--load-format", "safetensors",
                "--max-model-len", str(max_len), "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]  # fmt: skip
     if lora_rank:
         command += ["--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", str(max_loras)]
@@ -588,11 +820,11 @@ def serve(
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
     servers: list[tuple[str, subprocess.Popen[bytes], Path]] = []
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: end_servers([process for _, process, _ in servers]))
         for gpu in gpus.split(","):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
+            place = stack.enter_context(hold_port())
+            port = str(place.getsockname()[1])
             log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
             with log.open("wb") as out:
                 process = subprocess.Popen(
@@ -600,17 +832,73 @@ def serve(
                     stderr=subprocess.STDOUT, start_new_session=True,
                     env={**environment, "CUDA_VISIBLE_DEVICES": gpu if torch.cuda.is_available() else ""},
                 )  # fmt: skip
+            SERVERS.append(process)
             servers.append((f"http://127.0.0.1:{port}", process, log))
             print(f"starting vLLM with {model} (log: {log})", flush=True)
         for url, process, log in servers:
             wait_until_up(f"{url}/health", process, log)
-        yield Endpoint(",".join(f"{url}/v1" for url, _, _ in servers), key, model)
+            stack.enter_context(watched(f"{url}/health", partial(end_hung_server, process, log)))
+        about = f"the vLLM server of {model} (log: {', '.join(str(log) for _, _, log in servers)})"
+        yield Endpoint(",".join(f"{url}/v1" for url, _, _ in servers), key, model, about)
+
+
+@contextlib.contextmanager
+def watched(url: str, hung: Callable[[], Any]) -> Iterator[None]:
+    """In the meantime ask `url` now and then; call `hung` when nothing at all has come for `PATIENCE` seconds.
+
+    A request may take an hour, so a hung server can not be told by its requests. One that is gone
+    is no matter of this watch: requests to it fail at once.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not over.wait(PATIENCE / 20):
+            try:
+                urllib.request.urlopen(url, timeout=PATIENCE / 10).close()
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(getattr(error, "reason", error), TimeoutError):
+                    if time.monotonic() - answered > PATIENCE and not over.is_set():
+                        return hung()
+                    continue
+            answered = time.monotonic()  # also when refused (gone), or told 401: we send no key
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
     finally:
-        for _, process, _ in servers:
-            assert process.stdin is not None
-            process.stdin.close()
-        for _, process, _ in servers:
-            process.wait()
+        over.set()
+
+
+def end_hung_server(process: subprocess.Popen[bytes], log: Path) -> None:
+    """End it, so that the requests which wait for it fail like those to a server that died."""
+    print(f"the vLLM server of {log} has not answered for {PATIENCE:.0f} seconds: it is ended", flush=True)
+    end_servers([process])
+
+
+def end_servers(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End servers of ours by closing their watchdogs' pipes; by force if that takes too long."""
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    for process in processes:
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def at_url(role: str, url: str, model: str) -> Iterator[Endpoint]:
+    """The endpoint of a server that runs elsewhere, asked once and then watched; its key is in ROLE_API_KEY."""
+    about, variable = f"the {role} server at {url}", f"{role.upper()}_API_KEY"
+    endpoint = Endpoint(url, os.environ.get(variable, "none"), model, about)
+    endpoint.check(variable)
+    silent = f"error: {about} has not answered for {PATIENCE:.0f} seconds"
+    with contextlib.ExitStack() as stack:
+        for server in endpoint.replicas:
+            stack.enter_context(watched(f"{server.url}/models", lambda: leave(1, silent)))
+        yield endpoint
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path, patience: float = 1800) -> None:
@@ -641,9 +929,11 @@ def make_laptop_model(folder: Path) -> None:
     )
     model.save_pretrained(scratch)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(scratch)
-    if folder.exists():
-        shutil.rmtree(folder)
-    scratch.rename(folder)
+    if Path(folder, "config.json").exists():  # another command was faster
+        shutil.rmtree(scratch)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
 
 
 def load_tokenizer(model: str) -> Any:
@@ -672,6 +962,7 @@ class Judge:
     adapter: str | None
     reasoning: bool
     max_thinking: int = 4096  # tokens (paper: 4096)
+    max_prompt: int = 4096  # tokens (paper: 4096)
     temperature: float = 0.7  # of the thinking, with top-k 20 and top-p 0.95 (paper: the same)
     rubrics: dict[str, str] | None = None  # instruction id -> rubric, for a judge trained to see them
     pairwise: bool = False
@@ -723,11 +1014,14 @@ def ask_judge(judge: Judge, instruction: str, output: str, other: str | None = N
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their
     log-probabilities give the label (the most probable) and the expected score, the sum of
     x * p(x), which is the policy's reward (paper, section 2.3). Thinking that does not close
-    within `max_thinking` tokens makes the judgement unusable: it gets no score.
+    within `max_thinking` tokens, or a prompt of more than `max_prompt`, makes the judgement
+    unusable: it gets no score.
     """
     assert judge.pairwise == (other is not None)
     messages = judge_messages(instruction, output, other, find_rubric(judge.rubrics, instruction))
     prompt = judge_prompt(judge.tokenizer, messages, judge.reasoning)
+    if len(prompt) > judge.max_prompt:
+        return Judgement(None, None, [], "", 0)
     server = judge.endpoint.replica()
     thinking, spent = "", 0
     if judge.reasoning:
@@ -741,14 +1035,17 @@ def ask_judge(judge: Judge, instruction: str, output: str, other: str | None = N
         prompt = prompt + thought.tokens_T + encode(judge.tokenizer, AFTER_THINKING)
     labels = PAIRWISE_LABELS if judge.pairwise else LABELS
     ids = label_token_ids(judge.tokenizer, labels)
-    answer = server.client.completions.create(
-        model=judge.adapter or server.model, prompt=prompt, max_tokens=1, temperature=1.0, logprobs=len(ids),
-        extra_body={"allowed_token_ids": ids, "return_tokens_as_token_ids": True},
-    )  # fmt: skip
-    top = {int(token.removeprefix("token_id:")): p for token, p in answer.choices[0].logprobs.top_logprobs[0].items()}
+    with server.errors():
+        answer = server.client.completions.create(
+            model=judge.adapter or server.model, prompt=prompt, max_tokens=1, temperature=1.0, logprobs=len(ids),
+            extra_body={"allowed_token_ids": ids, "return_tokens_as_token_ids": True},
+        )  # fmt: skip
+        top = {int(token.removeprefix("token_id:")): p for token, p in answer.choices[0].logprobs.top_logprobs[0].items()}
     weights = [math.exp(top.get(i, -math.inf)) for i in ids]
     if abs(sum(weights) - 1) > 1e-3:
-        raise RuntimeError(f"the label constraint is not in force: the labels have probability {sum(weights):.4f}")
+        raise ServerError(
+            f"{judge.endpoint.about}: the label constraint is not in force, the labels have probability {sum(weights):.4f}"
+        )
     probabilities = [w / sum(weights) for w in weights]
     expected = sum(int(label) * p for label, p in zip(labels, probabilities))
     label = int(labels[max(range(len(ids)), key=probabilities.__getitem__)])
@@ -938,6 +1235,8 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
     for name, count in [*sources.most_common(), *sorted(fate.items())]:
         if count:
             print(f"  {count:8,}  {name}")
+    if rows and not candidates:
+        fail(f"--data {data}: no row gives the judges anything to grade; the counts above say why.")
     return candidates, others
 
 
@@ -995,17 +1294,13 @@ def ask_gold(
     gpt-oss may say something in a third channel, commentary, before the final one: vLLM puts both in
     the final text, which then does not match.
     """
-    import openai
-
     reasoning, cause = "", "prompt too long"
     for tokens in (max_tokens, 2 * max_tokens):
         try:
             final, reasoning, finished = endpoint.chat(
                 messages, temperature=0, max_tokens=tokens, **({"reasoning_effort": effort} if effort != "none" else {})
             )
-        except openai.BadRequestError as error:
-            if "context length" not in str(error):
-                raise
+        except TooLong:
             break
         if THINK_CLOSE in final:
             reasoning, final = final.strip().removeprefix("<think>").split(THINK_CLOSE, 1)
@@ -1062,7 +1357,8 @@ def gold_endpoint(options: dict[str, Any], logs: Path) -> Iterator[Endpoint | No
     if options["gold"] == "oracle":
         yield None
     elif options["gold_url"]:
-        yield Endpoint(options["gold_url"], os.environ.get("GOLD_API_KEY", "none"), options["gold"])
+        with at_url("gold", options["gold_url"], options["gold"]) as endpoint:
+            yield endpoint
     else:
         parser = []
         if "gpt-oss" in options["gold"]:
@@ -1131,8 +1427,6 @@ def main(
     tokens_per_second: float | None = RATE,
 ) -> None:  # fmt: skip
     options = settle(PRESETS, run, preset, dict(locals()))
-    if options["gold_effort"] not in ("none", *EFFORTS):
-        fail(f"--gold-effort {options['gold_effort']}: must be low, medium, high or none.")
     if "gpt-oss" in options["gold"] and options["gold_effort"] == "none":
         fail("--gold-effort none: gpt-oss always reasons; say low, medium or high.")
     also = [effort for effort in efforts.split(",") if effort and effort != reference_effort(options)]
@@ -1146,8 +1440,14 @@ def main(
     record_config(folder, options)
     wanted = ["labels", *(f"labels-{effort}" for effort in also), *["rubrics"] * rubrics, *["pairs"] * pairs]
     if not all((folder / f"{name}.json").exists() for name in wanted):
+        own_gold = options["gold"] != "oracle" and not options["gold_url"]
+        if own_gold or (options["data"] == "template" and not (folder / "outputs.jsonl").exists()):
+            need_gpus(options)
+        if options["gold_url"]:  # ask it once before any work
+            with gold_endpoint(options, logs):
+                pass
         annotate(options, folder, logs, wanted)
-    done = {name: json.loads((folder / f"{name}.json").read_text()) for name in wanted}
+    done = {name: read_json(folder / f"{name}.json") for name in wanted}
     show_histogram(done["labels"]["labels"])
     counts = {"labels": done["labels"]["unusable"], **{name: done[name] for name in wanted[1:]}}
     for name, causes in counts.items():
@@ -1346,8 +1646,8 @@ def show_histogram(labels: dict[str, dict[str, int]]) -> None:
     counts = sum((Counter(split) for split in labels.values()), Counter())
     for label in [*LABELS, *(["None"] if counts["None"] else [])]:
         name = "unusable" if label == "None" else label
-        print(f"{name:>8} {counts[label]:6} {'#' * round(50 * counts[label] / max(counts.values()))}")
+        print(f"{name:>8} {counts[label]:6} {'#' * round(50 * counts[label] / max(counts.values(), default=1))}")
 
 
 if __name__ == "__main__":
-    app()
+    start(app)

@@ -22,7 +22,6 @@ Simpler than the paper, and why:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -253,7 +252,7 @@ def load_model(name: str, adapter: Path | None, rank: int, modules: Sequence[str
     gpu = torch.cuda.is_available()
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa"
+        name, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa", use_safetensors=True
     ).to("cuda" if gpu else "cpu")
     if gpu:  # trade a third more compute for not keeping activations
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -264,6 +263,17 @@ def load_model(name: str, adapter: Path | None, rank: int, modules: Sequence[str
         model = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules)))
     # Train mode switches gradient checkpointing on; neither these models nor our LoRA use dropout.
     return model.train()
+
+
+def check_adapter(folder: Path, model: str, rank: int) -> Path:
+    """`folder`, a PEFT adapter for `model` of `rank`; another base or rank ends the command."""
+    config = annotate.read_json(folder / "adapter_config.json", ["base_model_name_or_path", "r"])
+    if (config["base_model_name_or_path"], config["r"]) != (model, rank):
+        annotate.fail(
+            f"{folder}/adapter_config.json: an adapter of rank {config['r']} for {config['base_model_name_or_path']}, "
+            f"but rank {rank} for {model} is needed. Restore the folder, or train it again."
+        )
+    return annotate.need(folder / "adapter_model.safetensors", "the stage that made this folder").parent
 
 
 def trainable(model: Any) -> list[Any]:
@@ -583,6 +593,7 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
         annotate.fail(f"{run}/annotations: {len(train)} examples to train on, {len(validation)} to validate on.")
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
+        annotate.need_gpus(options)
         tokenizer = annotate.load_tokenizer(options["model"])
         pairs = [
             (
@@ -593,9 +604,11 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
         ]
         fitting = [p for p in pairs if len(p[0]) <= options["max_prompt"] and len(p[1]) <= options["max_thinking"]]
         print(f"{len(fitting)} examples; {len(pairs) - len(fitting)} left out, longer than the limits")
+        if not fitting:
+            annotate.fail(f"{run}/annotations/labels.jsonl: no example fits --max-prompt {options['max_prompt']}. Raise it.")
         on_ranks(sft, options["gpus"], options, folder, fitting)
         choose_epoch(options, run, folder, tokenizer, validation)
-    judge = json.loads((folder / "judge.json").read_text())
+    judge = annotate.read_json(folder / "judge.json", ["epoch", "validation"])
     print(f"{folder}: epoch {judge['epoch']}. On validation: {describe(judge['validation'])}")
 
 
@@ -636,8 +649,9 @@ def open_judge(endpoint: Any, tokenizer: Any, adapter: str | None, judge: dict[s
     One that was trained with rubrics gets those of `run`.
     """
     rubrics = annotate.read_rubrics(run) if judge.get("rubrics") else None
+    limits = judge["max_thinking"], judge["max_prompt"]
     return annotate.Judge(
-        endpoint, tokenizer, adapter, judge["reasoning"], judge["max_thinking"], judge["temperature"], rubrics, judge.get("pairwise", False)
+        endpoint, tokenizer, adapter, judge["reasoning"], *limits, judge["temperature"], rubrics, judge.get("pairwise", False)
     )
 
 
@@ -650,4 +664,4 @@ def serve_judges(options: dict[str, Any], run: Path, **more: Any) -> Any:
 
 
 if __name__ == "__main__":
-    app()
+    annotate.start(app)

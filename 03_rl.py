@@ -32,9 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
-import os
 import random
 import re
 import secrets
@@ -504,7 +502,8 @@ def judge_task(run: Path, judge: dict[str, Any], start: Path | None) -> Task:
         label = read_score(sample.text, reasoning, labels) if sample.finished else None
         return score(label, row["label"]), {"label": label, "gold": row["label"], "invalid": label is None}
 
-    return Task([r for r in rows if len(prompt(r)) <= judge["max_prompt"]], prompt, one_by_one(reward), start)
+    fitting = [r for r in rows if len(prompt(r)) <= judge["max_prompt"]]
+    return Task(fitting or none_fit(run, judge["max_prompt"]), prompt, one_by_one(reward), start)
 
 
 def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
@@ -527,7 +526,11 @@ def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
     if judge.pairwise:
         rewards = against_each_other(wins, options["group"], options["opponents"], options["both_orders"])
     chosen = [r for r in rows if r["split"] == "policy_train" and len(prompt(r)) <= options["max_prompt"]]
-    return Task(chosen, prompt, rewards, None)
+    return Task(chosen or none_fit(run, options["max_prompt"]), prompt, rewards, None)
+
+
+def none_fit(run: Path, tokens: int) -> NoReturn:
+    annotate.fail(f"{run}/annotations: no training prompt of at most --max-prompt {tokens} tokens. Raise it, or annotate more.")
 
 
 def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -544,7 +547,9 @@ def find_judge(run: Path, name: str) -> tuple[Path, dict[str, Any]]:
             annotate.fail(f"{folder} is not finished: finish it (03_rl.py judge --run {run}) or ask for --judge {name}-sft.")
     flag = "--no-reasoning" if "direct" in name else "--reasoning"
     annotate.need(folder / "judge.json", f"02_train_judge.py --run {run} {flag}")
-    return folder, json.loads((folder / "judge.json").read_text())
+    judge = annotate.read_json(folder / "judge.json", ("adapter", *sft.DESCRIBES))
+    sft.check_adapter(folder / judge["adapter"], judge["model"], judge["lora_rank"])
+    return folder, judge
 
 
 def plan_steps(options: dict[str, Any], run: Path, folder: Path, judge: str | None) -> tuple[list[Any], float | None]:
@@ -625,7 +630,7 @@ def serve_policy_and_judge(options: dict[str, Any], judge: dict[str, Any], adapt
     print(f"training: {len(options['train_gpus'].split(','))} rank(s) on GPU {options['train_gpus']}", flush=True)
     with contextlib.ExitStack() as stack:
         doors: dict[str, Any] = {
-            role: annotate.Endpoint(url, os.environ.get(f"{role.upper()}_API_KEY", "none"), roles[role]["model"]) for role, url in urls.items()
+            role: stack.enter_context(annotate.at_url(role, url, roles[role]["model"])) for role, url in urls.items()
         }
         for role, gpus in places.items():
             doors[role] = stack.enter_context(annotate.serve(logs=run / "logs", gpus=gpus, memory=shares[role], **roles[role]))
@@ -654,13 +659,13 @@ def policy_rank(
 
 
 def on_rank(options: dict[str, Any], folder: Path, endpoint: Any, task: Callable[[], Task], lineage: str) -> None:
-    import openai
-
     try:
         grpo(options, folder, endpoint, task(), lineage)
-    except (openai.APIConnectionError, openai.InternalServerError, OSError) as error:
+    except annotate.LostServer as error:
         print(f"rank {sft.world()[0]}: a server is lost ({error})", flush=True)
         raise SystemExit(LOST_SERVER) from None
+    except annotate.ServerError as error:
+        annotate.fail(str(error))
 
 
 def with_servers(serving: Callable[[], contextlib.AbstractContextManager[Any]], folder: Path, train_gpus: str, rank: Callable[..., None], *arguments: Any) -> None:
@@ -684,6 +689,7 @@ def with_servers(serving: Callable[[], contextlib.AbstractContextManager[Any]], 
 # The commands.
 # ---------------------------------------------------------------------------------------------
 
+SAMPLING = (0.05, 2.0)  # GRPO divides logits by its temperature, and needs rollouts that differ
 SHARED = {
     "group": (6, 8, 8),
     "std_floor": (0.1, 0.1, 0.1),
@@ -815,7 +821,7 @@ def train_judge(
     tokens_per_second: float | None = annotate.RATE,
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
-    options = annotate.settle(JUDGE, run, preset, dict(locals()))
+    options = annotate.settle(JUDGE, run, preset, dict(locals()), temperature=SAMPLING)
     judge = judge.removesuffix("-sft")
     folder = run / "judges" / f"{name or (f'{judge}-base' if start == Start.base else judge)}-rl"
     if plan:
@@ -831,6 +837,8 @@ def train_judge(
     options |= {**{key: described[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}, "judge": origin}
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
+        annotate.need_gpus(options)
+        judge_task(run, described, adapter)  # bad data end the command here, before servers start
         serving = partial(serve_judge, options, run)
         with_servers(serving, folder, options["train_gpus"], judge_rank, options, run, folder, described, adapter)
         last = f"checkpoints/step-{options['steps']:06d}"
@@ -878,7 +886,7 @@ def train_policy(
     tokens_per_second: float | None = annotate.RATE,
 ) -> None:  # fmt: skip
     """Train a policy against a judge (its expected score)."""
-    options = annotate.settle(POLICY, run, preset, {**locals(), "lora_modules": lora_modules or None})
+    options = annotate.settle(POLICY, run, preset, {**locals(), "lora_modules": lora_modules or None}, temperature=SAMPLING)
     folder = run / "policies" / (name or judge)
     if plan:
         parts, seconds = plan_steps(options, run, folder, judge)
@@ -893,6 +901,8 @@ def train_policy(
     print(f"judge: {judge_folder}; {options['prompts'] * calls} judgements a step")
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
+        annotate.need_gpus(options)
+        policy_task(options, run, None)  # bad data end the command here, before servers start
         serving = partial(serve_policy_and_judge, options, trained, judge_folder / trained["adapter"], run)
         with_servers(serving, folder, options["train_gpus"], policy_rank, options, run, folder, trained)
         annotate.write_json(folder / "policy.json", {key: options[key] for key in options if key in POLICY or key == "judge"})
@@ -914,4 +924,4 @@ def report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    annotate.start(app)

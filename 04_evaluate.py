@@ -60,11 +60,11 @@ PAIRWISE_GOLD = "gold-pairwise"
 
 def trained_judges(run: Path) -> dict[str, dict[str, Any]]:
     """name -> judge.json of every finished judge of the run, and the untrained base model as a judge (of each kind)."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted((run / "judges").glob("*/judge.json"))}
+    found = {p.parent.name: annotate.read_json(p, ("adapter", *sft.DESCRIBES)) for p in sorted((run / "judges").glob("*/judge.json"))}
     if not found:
         annotate.fail(f"{run}/judges has no finished judge. Run this first: python 02_train_judge.py --run {run} --no-reasoning")
     for name, judge in found.items():
-        judge["adapter"] = run / "judges" / name / judge["adapter"]
+        judge["adapter"] = sft.check_adapter(run / "judges" / name / judge["adapter"], judge["model"], judge["lora_rank"])
     first = next(iter(found.values()))
     base = {**{key: first[key] for key in sft.DESCRIBES}, "reasoning": False, "adapter": None}
     pairwise = {f"{BASE}-pairwise": {**base, "pairwise": True}} if any(is_pairwise(judge) for judge in found.values()) else {}
@@ -77,12 +77,15 @@ def is_pairwise(judge: dict[str, Any]) -> bool:
 
 def trained_policies(run: Path) -> dict[str, dict[str, Any]]:
     """name -> policy.json of every finished policy, with `checkpoints`: step -> adapter folder."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted((run / "policies").glob("*/policy.json"))}
+    needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
+    found = {p.parent.name: annotate.read_json(p, needs) for p in sorted((run / "policies").glob("*/policy.json"))}
     if not found:
         annotate.fail(f"{run}/policies has no finished policy. Run this first: python 03_rl.py policy --run {run} --judge direct")
     for name, policy in found.items():
         folders = sorted((run / "policies" / name / "checkpoints").glob("step-*"))
-        policy["checkpoints"] = {int(f.name.removeprefix("step-")): f for f in folders}
+        policy["checkpoints"] = {
+            int(f.name.removeprefix("step-")): sft.check_adapter(f, policy["model"], policy["lora_rank"]) for f in folders
+        }
     return found
 
 
@@ -249,7 +252,7 @@ def plan_evaluation(run: Path, gold_curve: bool) -> list[Any]:
 # ---------------------------------------------------------------------------------------------
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
-THREADS = typer.Option(64, help="Requests in flight at once.")
+THREADS = typer.Option(64, min=1, help="Requests in flight at once.")
 
 
 # The paper's figures 2 and tables 2-5: what, alpha x 100 or accuracy, thinking tokens (gold: gpt-oss-120b, high effort).
@@ -331,14 +334,18 @@ def write_outputs(run: Path, policies: dict[str, Any], server: OneServer, thread
     rows = [row for row in rows if row["split"] == "policy_test"]
     done: list[dict[str, Any]] = []
     for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
+        tokenizer = annotate.load_tokenizer(policy["model"])
+        fitting = [r for r in rows if len(annotate.policy_prompt(tokenizer, r["instruction"])) <= policy["max_prompt"]]
+        if len(fitting) < len(rows):
+            print(f"{name}: {len(rows) - len(fitting)} test instructions left out, longer than {policy['max_prompt']} tokens")
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
             who = f"{BASE}:{policy['model']}" if step == 0 else f"{name}:{step}"
-            tasks = {f"{who}:{row['id']}": {**row, "policy": name if step else BASE, "step": step} for row in rows}
+            tasks = {f"{who}:{row['id']}": {**row, "policy": name if step else BASE, "step": step} for row in fitting}
             if not missing(path, tasks):
                 done += [r for r in annotate.read_jsonl(path) if r["id"] in tasks]
                 continue
             with server.adapter(policy["model"], adapter) as (endpoint, served):
-                write = partial(write_output, endpoint, served, annotate.load_tokenizer(policy["model"]), policy)
+                write = partial(write_output, endpoint, served, tokenizer, policy)
                 done += annotate.complete(path, tasks, write, f"outputs of {who}", threads)
     return list({row["id"]: row for row in done}.values())
 
@@ -1067,4 +1074,4 @@ def draw_leaderboard(results: dict[str, Any], judge: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    annotate.start(app)

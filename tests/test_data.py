@@ -185,6 +185,7 @@ def test_complete_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_changed_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     annotate.record_config(tmp_path, {"lr": 0.1, "modules": ("a", "b")})
     annotate.record_config(tmp_path, {"lr": 0.1, "modules": ("a", "b")})
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(SystemExit):
         annotate.record_config(tmp_path, {"lr": 0.2, "modules": ("a", "b")})
     assert "lr = 0.1 (now 0.2)" in capsys.readouterr().err
