@@ -104,7 +104,7 @@ class OneServer:
             self.close()
             users = [user for user in self.users if user["model"] == model]
             self.endpoint = self.stack.enter_context(annotate.serve(
-                model, self.run / "logs", gpus=users[0].get("gpus", "0"), max_loras=len(users) + 1,
+                model, self.run / "logs", gpus=users[0].get("gpus") or users[0].get("policy_gpus", "0"), max_loras=len(users) + 1,
                 max_len=max(u["max_prompt"] + u.get("max_thinking", 0) + u.get("max_tokens", 0) for u in users) + 16,
                 lora_rank=max(u["lora_rank"] for u in users), lora_modules=sorted({m for u in users for m in u["lora_modules"]}),
             ))  # fmt: skip
@@ -1007,7 +1007,7 @@ def arena_command(
         room = context_length(who["model"]) - answer_tokens - 16  # a longer question will be refused by the server, and missing
         if room < 1:
             annotate.fail(f"--answer-tokens {answer_tokens}: the model's whole context is {room + answer_tokens + 16} tokens.")
-        user |= {"gpus": who.get("gpus", gpus), "max_thinking": 0, "max_prompt": min(longest, room), "max_tokens": answer_tokens}
+        user |= {"gpus": who.get("policy_gpus", gpus), "max_thinking": 0, "max_prompt": min(longest, room), "max_tokens": answer_tokens}
     with OneServer(run, [user]) as server:
         settings = {"temperature": temperature, "max_tokens": answer_tokens}
         answers = write_answers(calls / "answers.jsonl", questions, who, server, policy_url, settings, threads)
