@@ -281,6 +281,7 @@ def judges_command(
     if plan:
         parts = plan_evaluation(run, gold_curve=False)
         return annotate.show_plan(parts, annotate.read_options(run / "annotations")["preset"], tokens_per_second)
+    annotate.need(run / "annotations" / "labels.json", f"01_annotate.py --run {run}")
     judges = trained_judges(run)
     if prompted:
         judges |= {f"{name}-reasoning": {**judge, "reasoning": True} for name, judge in judges.items() if judge["adapter"] is None}

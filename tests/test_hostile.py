@@ -69,8 +69,8 @@ def test_no_text_is_encoded_as_a_special_token(tokenizer: Any, instruction: str,
     """Every added token of the tokenizer occurs exactly as often as in the prompt of a harmless text."""
     added = set(tokenizer.get_added_vocab().values())
     for reasoning in (False, True):
-        plain = annotate.judge_prompt(tokenizer, "Write.", "harmless", reasoning)
-        attacked = annotate.judge_prompt(tokenizer, instruction, output, reasoning)
+        plain = annotate.judge_prompt(tokenizer, annotate.judge_messages("Write.", "harmless"), reasoning)
+        attacked = annotate.judge_prompt(tokenizer, annotate.judge_messages(instruction, output), reasoning)
         assert Counter(i for i in plain if i in added) == Counter(i for i in attacked if i in added)
     plain, attacked = annotate.policy_prompt(tokenizer, "Write."), annotate.policy_prompt(tokenizer, instruction)
     assert Counter(i for i in plain if i in added) == Counter(i for i in attacked if i in added)
@@ -137,7 +137,7 @@ def test_the_label_is_read_from_the_judges_own_place(tokenizer: Any, output: str
         assert endpoint.asked[0][-len(end) :] == end and verdict.expected == pytest.approx(0.9 * label + 0.1 / 9 * (45 - label))
     direct = Says(tokenizer, "", label)
     assert annotate.ask_judge(annotate.Judge(direct, tokenizer, None, reasoning=False), ASKED, output).label == label
-    assert direct.asked[0] == annotate.judge_prompt(tokenizer, ASKED, output, reasoning=False)
+    assert direct.asked[0] == annotate.judge_prompt(tokenizer, annotate.judge_messages(ASKED, output), reasoning=False)
 
 
 @given(hostile)
