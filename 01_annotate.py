@@ -701,7 +701,7 @@ class Endpoint:
                 fail(f"{self.about}: the key was refused. Set the right one in the environment: {variable}.")
             except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
                 fail(f"{self.about}: {server.url}/models gives no list of models ({' '.join(str(error).split())[:200]}). Is the URL right?")
-            if self.model not in served:
+            if not any(name.endswith(self.model) for name in served):  # some servers list models as `models/NAME`
                 fail(f"{self.about}: it does not have the model {self.model}, but {', '.join(served[:8])}.")
 
     def sample(self, prompt: list[int], n: int = 1, model: str | None = None, **settings: Any) -> list[Sample]:

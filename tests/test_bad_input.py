@@ -54,7 +54,7 @@ def write(folder: Path, files: dict[str, Any]) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A whole run by hand, and beside it a preference file and a folder of nothing."""
-    options = {"preset": "laptop", "gold": "oracle", "gold_url": ""}
+    options = {"preset": "laptop", "gold": "oracle", "gold_url": "", "gold_effort": "none"}
     write(tmp_path / "run", {
         "annotations/config.json": {"options": options}, "annotations/labels.json": {}, "annotations/labels.jsonl": jsonl(*LABELS),
         "annotations/instructions.jsonl": jsonl(*PROMPTS),
@@ -87,7 +87,7 @@ def invoke(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str], 
         monkeypatch.setattr(module, name, forbidden)
     stage, *words = line.split()
     result = CliRunner().invoke(import_module(STAGES[stage]).app, words)
-    lines = [text for text in result.stderr.splitlines() if text.strip() and not text.startswith(("Usage", "Try "))]
+    lines = [text for text in result.stderr.splitlines() if text.strip() and not text.startswith(("Usage", "Try ")) and "it/s]" not in text]
     error = result.exception if not isinstance(result.exception, SystemExit) else None
     return result.exit_code, lines, error
 
