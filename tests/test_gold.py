@@ -118,10 +118,8 @@ def test_the_request(stub: Any) -> None:
 
 
 def test_another_bad_request_is_an_error(stub: Any) -> None:
-    import openai
-
     stub.answers = [(400, "unknown field reasoning_effort")]
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(Exception, match="unknown field reasoning_effort"):
         annotate.gold_by_chat(stub, INSTRUCTION, OUTPUT, max_tokens=8, effort="high")
 
 

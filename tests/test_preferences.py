@@ -63,9 +63,10 @@ BLEMISHES = [
 
 @pytest.mark.parametrize(("line", "kept", "counted"), BLEMISHES, ids=[f"{number} {b[2]}" for number, b in enumerate(BLEMISHES)])
 def test_each_blemish_is_handled_and_counted(line: Any, kept: Any, counted: str, tmp_path: Path, capsys: Any) -> None:
-    candidates, others = read(tmp_path, [line])
+    candidates, others = read(tmp_path, [line, row("beside it", "x", "y")])
+    assert candidates.pop("beside it") == ["x", "y"]
     assert candidates == ({} if kept is None else {line["prompt"]: kept}) and others == []
-    assert f"         1  {counted}\n" in capsys.readouterr().out
+    assert f"{1 + (counted == 'row used for judges'):10}  {counted}\n" in capsys.readouterr().out
 
 
 def test_all_blemishes_together_are_counted_once_each(tmp_path: Path, capsys: Any) -> None:
