@@ -718,7 +718,7 @@ class Endpoint:
                 fail(f"{self.about}: the key was refused. Set the right one in the environment: {variable}.")
             except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
                 fail(f"{self.about}: {server.url}/models gives no list of models ({' '.join(str(error).split())[:200]}). Is the URL right?")
-            if self.model not in served:
+            if not any(name.endswith(self.model) for name in served):  # some servers list models as `models/NAME`
                 fail(f"{self.about}: it does not have the model {self.model}, but {', '.join(served[:8])}.")
 
     def sample(self, prompt: list[int], n: int = 1, model: str | None = None, **settings: Any) -> list[Sample]:
@@ -1235,8 +1235,6 @@ def read_preferences(data: str, rows: int, seed: int, max_chars: int) -> tuple[d
     for name, count in [*sources.most_common(), *sorted(fate.items())]:
         if count:
             print(f"  {count:8,}  {name}")
-    if rows and not candidates:
-        fail(f"--data {data}: no row gives the judges anything to grade; the counts above say why.")
     return candidates, others
 
 
@@ -1542,6 +1540,8 @@ def split_preferences(options: dict[str, Any], sizes: dict[str, int]) -> tuple[l
     seed, held_out = options["seed"], ("judge_validation", "judge_test")
     rows = sum(sizes[split] for split in SPLITS if split.startswith("judge"))
     given, others = read_preferences(options["data"], rows, seed, options["max_chars"])
+    if rows and not given:
+        fail(f"--data {options['data']}: no row gives the judges anything to grade; the counts above say why.")
     pairs = [text for text, answers in given.items() if len(answers) >= min(2, options["outputs"])]
     instructions = split_instructions(pairs, {split: sizes[split] for split in held_out}, seed)
     instructions += split_instructions(others, {"policy_test": sizes["policy_test"]}, seed)

@@ -128,15 +128,15 @@ def kill(process: subprocess.Popen[bytes]) -> int:
 
 
 def records(path: Path) -> tuple[Counter[str], int]:
-    """(how often each id, or step, comes; lines that are no record or not whole) of a JSONL file."""
+    """(how often each id, or step, comes; lines that are no record) of a JSONL file."""
     ids: Counter[str] = Counter()
     damaged = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            record = json.loads(line)
-            ids[str(record["id"] if "id" in record else record["step"])] += 1
-            damaged += not line.endswith(b"\n")
-        except (ValueError, KeyError, TypeError):
+            if line:
+                record = json.loads(line)
+                ids[str(record.get("id", record.get("step", f"line {number}")))] += 1
+        except (ValueError, AttributeError):
             damaged += 1
     return ids, damaged
 

@@ -87,7 +87,7 @@ def invoke(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str], 
         monkeypatch.setattr(module, name, forbidden)
     stage, *words = line.split()
     result = CliRunner().invoke(import_module(STAGES[stage]).app, words)
-    lines = [text for text in result.stderr.splitlines() if text.strip() and not text.startswith(("Usage", "Try "))]
+    lines = [text for text in result.stderr.splitlines() if text.strip() and not text.startswith(("Usage", "Try ")) and "it/s]" not in text]
     error = result.exception if not isinstance(result.exception, SystemExit) else None
     return result.exit_code, lines, error
 
