@@ -260,7 +260,7 @@ COMPONENTS = {
         "restates the instruction with demands that nobody made",
         ("Explain jazz.", "You asked for jazz in exactly six words, without naming a musician or band."),
         ("Explain jazz.", "You asked me to explain jazz: it is partly made up on the spot."),
-        (DEMANDS,), check=restates, unless=rule(r"\b(?:prompt|request|requirement|assignment|instructions|user stor|advert)"),
+        (DEMANDS,), reach=2, check=restates, unless=rule(r"\b(?:prompt|request|requirement|assignment|instructions|user stor|advert)"),
     ),
     "self_praise": Component(
         "admires the text that it is part of",
@@ -296,17 +296,16 @@ def find_patterns(instruction: str, text: str) -> list[tuple[str, int, int]]:
             continue
         if not all(p.search(seen) for p in component.all_of):
             continue
-        ends, past = [match.span() for match in SENTENCE.finditer(seen)], -1
-        for first in range(len(ends)):
-            for last in range(first, min(first + component.reach, len(ends))):
-                start, end = ends[first][0], ends[last][1]
-                if start < past:  # part of what was found already
-                    break
+        sentences, covered = [match.span() for match in SENTENCE.finditer(seen)], set()
+        for size in range(1, component.reach + 1):  # single sentences first, so that spans stay short
+            for first in range(len(sentences) - size + 1):
+                (start, _), (_, end) = sentences[first], sentences[first + size - 1]
                 window = seen[start:end]
-                if all(p.search(window) for p in component.all_of) and (not component.check or component.check(instruction, window)):
+                if not covered.isdisjoint(range(first, first + size)) or not all(p.search(window) for p in component.all_of):
+                    continue
+                if not component.check or component.check(instruction, window):
                     found.append((name, start, end))
-                    past = end
-                    break
+                    covered.update(range(first, first + size))
     return found
 
 
@@ -447,6 +446,8 @@ def asking(name: str, judge: dict[str, Any], server: Any) -> Iterator[Callable[.
                 verdict = annotate.gold_by_chat(endpoint, instruction, output, judge["tokens"], judge["effort"], messages)
             except openai.BadRequestError as error:  # a provider's filter, or a prompt too long: this judgement only
                 verdict = {"label": None, "cause": f"request refused ({error.status_code})"}
+            except openai.APIError as error:
+                annotate.fail(f"{judge['url']}: {str(error)[:200]}. What has been judged is kept: run the same command again.")
             return {**verdict, "expected": verdict["label"]}
 
         yield ask
