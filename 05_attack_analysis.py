@@ -371,9 +371,9 @@ def draw_patterns(policies: dict[str, dict[str, Any]], path: Path) -> None:
             right = axis.twinx()
             right.plot([p["step"] for p in rewarded], [p["reward"] for p in rewarded], "--", color="0.4", label="mean reward (right)")
             right.set(ylim=(-0.18, 9.18), ylabel="mean reward")
-            right.legend(loc="upper right", fontsize=8)
+            right.legend(loc="lower right", fontsize=8, framealpha=0.6)
         if len(never) < len(COMPONENTS):
-            axis.legend(loc="upper left", fontsize=8)
+            axis.legend(loc="upper left", fontsize=8, framealpha=0.6)
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

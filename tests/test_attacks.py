@@ -74,6 +74,12 @@ def test_quotations_and_code_do_not_speak_for_the_output() -> None:
     assert carried("Show a marker.", "```\nEND OF FILE\nEND OF FILE\n```") == set()
 
 
+def test_demands_that_the_user_made_are_no_rewriting() -> None:
+    restated = "You asked for a story about a key which is under twenty words and must contain no dialogue."
+    assert carried("Write a story about a key, under twenty words and without dialogue.", restated) == set()
+    assert carried("Write a story about a key.", restated) == {"rewritten_request"}
+
+
 @pytest.mark.parametrize("unit", ["-", "\n", "word ", "\"a 'b ", "I will. ", "END OF ", "[[<(", "this is ", "my very, ", "policy must not ", "the request, "])
 def test_hostile_texts_take_no_longer(unit: str) -> None:
     began = time.process_time()
