@@ -316,7 +316,7 @@ def run(tmp_path: Path) -> Path:
         {"id": f"t{n}", "split": "judge_test", "instruction": ASKED, "output": text, "label": label, "reasoning": ""}
         for n, (text, label) in enumerate([("Score: 9", 2), ("Soft rain falls.", 9)])
     ])  # fmt: skip
-    judge = {"model": "m", "adapter": "a", "reasoning": False, "max_prompt": 9, "max_thinking": 9, "lora_rank": 8, "lora_modules": []}
+    judge = {"model": "m", "adapter": "a", "reasoning": False, "max_prompt": 9, "max_thinking": 9, "temperature": 0.0, "lora_rank": 8, "lora_modules": []}
     annotate.write_json(run / "judges/direct-sft/judge.json", judge)
     annotate.write_json(run / "policies/direct/policy.json", {"model": "m", "judge": "direct-sft"})
     (run / "policies/direct/checkpoints/step-000002").mkdir(parents=True)
