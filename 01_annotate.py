@@ -116,18 +116,26 @@ def defuse(text: str) -> str:
     return re.sub(r"\[(?=/?INST\])", "⁅", text)
 
 
-def judge_messages(instruction: str, output: str, other: str | None = None, rubric: str = "") -> list[dict[str, str]]:
+def judge_messages(
+    instruction: str, output: str, other: str | None = None, rubric: str = "",
+    *, rules: str = "", case: str = "", rules_from: str = "system",
+) -> list[dict[str, str]]:  # fmt: skip
     """The chat messages of a judge: of one `output`, or pairwise of `output` (1) and `other` (2).
 
     The code on the delimiter lines is a hash of the very text that it encloses: it is new for
-    every output, the same when a run is resumed, and no output can contain its own.
+    every output, the same when a run is resumed, and no output can contain its own. Another
+    wording (`rules`, `case`) or place (`rules_from` "user") of the rules is for experiments: a
+    trained judge knows the default only.
     """
     instruction, outputs = defuse(instruction), [defuse(text) for text in (output, other) if text is not None]
     code = hashlib.sha256("\0".join([instruction, *outputs]).encode("utf-8", "surrogatepass")).hexdigest()[:6]
     parts = {"instruction": instruction, "code": code, "rubric": f"Rubric:\n{defuse(rubric)}\n\n" if rubric else ""}
     parts |= dict(zip(("output", "other"), (text.replace(code, "-" * len(code)) for text in outputs)))
-    rules, case = (POINTWISE_RULES, POINTWISE_CASE) if other is None else (PAIRWISE_RULES, PAIRWISE_CASE)
-    return [{"role": "system", "content": rules}, {"role": "user", "content": case.format(**parts)}]
+    rules = rules or (POINTWISE_RULES if other is None else PAIRWISE_RULES)
+    text = (case or (POINTWISE_CASE if other is None else PAIRWISE_CASE)).format(**parts)
+    if rules_from == "user":
+        return [{"role": "user", "content": f"{rules}\n\n{text}"}]
+    return [{"role": "system", "content": rules}, {"role": "user", "content": text}]
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -640,7 +648,9 @@ PATIENCE = 300.0  # seconds without any answer after which a server counts as hu
 
 
 class ServerError(RuntimeError):
-    """A server is lost, refuses us, or answers nonsense; the message names it. `start` shows it."""
+    """A server is lost, refuses us (`status`: HTTP's), or answers nonsense; the message names it. `start` shows it."""
+
+    status: int | None = None
 
 
 class LostServer(ServerError):
@@ -692,9 +702,11 @@ class Endpoint:
         """Turn what a dead, failing or nonsense-talking server causes into a `ServerError` that names it."""
         import openai
 
+        status = None
         try:
             yield
         except (openai.OpenAIError, OSError, http.client.HTTPException) as error:
+            status = getattr(error, "status_code", getattr(error, "code", None))
             refused = isinstance(error, (openai.APIStatusError, urllib.error.HTTPError))
             lost = not refused or isinstance(error, openai.InternalServerError)
             text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
@@ -705,7 +717,9 @@ class Endpoint:
             return
         too_long = re.search("context.length|maximum (model|input) length", reason)
         kind = LostServer if lost else TooLong if too_long else ServerError
-        raise kind(f"{self.about}: {reason.replace(self.key, '***')[:400]}")
+        failure = kind(f"{self.about}: {reason.replace(self.key, '***')[:400]}")
+        failure.status = status
+        raise failure
 
     def check(self, variable: str) -> None:
         """End the command unless the server answers, takes our key (from `variable`) and knows our model."""
@@ -1008,17 +1022,19 @@ class Judgement:
     thinking_tokens: int
 
 
-def ask_judge(judge: Judge, instruction: str, output: str, other: str | None = None) -> Judgement:
+def ask_judge(
+    judge: Judge, instruction: str, output: str, other: str | None = None, messages: list[dict[str, str]] | None = None
+) -> Judgement:
     """Let `judge` grade one output, or a pairwise one say which of two is better.
 
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their
     log-probabilities give the label (the most probable) and the expected score, the sum of
     x * p(x), which is the policy's reward (paper, section 2.3). Thinking that does not close
     within `max_thinking` tokens, or a prompt of more than `max_prompt`, makes the judgement
-    unusable: it gets no score.
+    unusable: it gets no score. `messages` replace the default prompt.
     """
     assert judge.pairwise == (other is not None)
-    messages = judge_messages(instruction, output, other, find_rubric(judge.rubrics, instruction))
+    messages = messages or judge_messages(instruction, output, other, find_rubric(judge.rubrics, instruction))
     prompt = judge_prompt(judge.tokenizer, messages, judge.reasoning)
     if len(prompt) > judge.max_prompt:
         return Judgement(None, None, [], "", 0)
@@ -1309,11 +1325,13 @@ def ask_gold(
 
 
 def gold_by_chat(
-    endpoint: Endpoint, instruction: str, output: str, max_tokens: int, effort: str, other: str | None = None
-) -> dict[str, Any]:
-    """Gold label and reasoning by a chat model; without a usable label `cause` says why."""
+    endpoint: Endpoint, instruction: str, output: str, max_tokens: int, effort: str, other: str | None = None,
+    messages: list[dict[str, str]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Label and reasoning by a chat model; without a usable label `cause` says why. `messages` replace the default prompt."""
     labels = LABELS if other is None else PAIRWISE_LABELS
-    final, reasoning, cause = ask_gold(endpoint, judge_messages(instruction, output, other), f"[{labels}]", max_tokens, effort)
+    messages = messages or judge_messages(instruction, output, other)
+    final, reasoning, cause = ask_gold(endpoint, messages, f"[{labels}]", max_tokens, effort)
     return {"label": None if final is None else int(final), "reasoning": reasoning, "cause": cause}
 
 

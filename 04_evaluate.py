@@ -809,28 +809,21 @@ def context_length(model: str) -> int:
 
 def arena_call(endpoint: Any, messages: list[dict[str, str]], **settings: Any) -> dict[str, Any]:
     """{text, finished, error} of one chat call. A failure that the client's retries did not cure is kept as text."""
-    import openai
-
     try:
         text, _, finished = endpoint.chat(messages, **settings)
-    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError):
-        raise  # every other call would fail alike
-    except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:  # the last four: an answer of another form
-        return {"text": "", "finished": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+    except annotate.ServerError as error:
+        if error.status in (401, 403, 404):  # every other call would fail alike
+            raise
+        return {"text": "", "finished": False, "error": str(error)[:300]}
     return {"text": text, "finished": finished, "error": None}
 
 
 def complete_calls(path: Path, tasks: dict[str, Any], work: Any, label: str, threads: int) -> list[dict[str, Any]]:
     """`annotate.complete`, but a call that failed is made again, once on each run of the command."""
-    import openai
-
     before = annotate.read_jsonl(path, ["id", "error"])
     if any(record["error"] for record in before):
         annotate.write_jsonl(path, [record for record in before if not record["error"]])
-    try:
-        records = annotate.complete(path, tasks, work, label, threads)
-    except openai.APIStatusError as error:
-        annotate.fail(f"{label}: {error}")
+    records = annotate.complete(path, tasks, work, label, threads)
     failed = [record for record in records if record["error"]]
     if failed:
         what = f"{label}: {len(failed)} of {len(records)} calls failed; they are missing, and made again when you repeat the command."
