@@ -155,6 +155,17 @@ def test_every_part_may_be_missing(tmp_path: Path) -> None:
     assert nowhere.returncode == 1 and "01_annotate.py" in nowhere.stderr and not (tmp_path / "nowhere").exists()
 
 
+def test_batteries_and_the_table_of_prompts_are_told_apart(run: Path) -> None:
+    folder = run / "attacks" / "battery"
+    attacks = {"empty": {"success_rate": 0.5, "success_ci": [0.2, 0.8], "lift": 1.0, "ci": [0.1, 2.0], "n": 4}}
+    for judge in ("base", "<script>"):
+        annotate.write_json(folder / f"{judge}.json", {"judge": judge, "attacks": attacks})
+    annotate.write_json(folder / "harden.json", {"base, plain": {"success": 25.0}})
+    data = read_data(attack.write_report(run, 100))
+    assert data["battery"] == {"base": attacks, "<script>": attacks} and data["harden"] == {"base, plain": {"success": 25.0}}
+    assert set(data["components"]) == set(attack.COMPONENTS)
+
+
 def test_long_texts_and_many_outputs_keep_the_page_small(run: Path) -> None:
     row = {"policy": "direct", "step": 4, "instruction": "Write.", "finished": True}
     path = run / "evaluation" / "outputs.jsonl"
