@@ -6,6 +6,7 @@
     battery    static attacks on any judge, of a run or behind a URL; needs no policy
     harden     the battery under variants of the judge's prompt, and what each variant costs
     summary    the run's results in one table
+    report     one page to read the run by, in a browser
 
 What goes in:   RUN/policies/*/rollouts.jsonl, RUN/evaluation/ (outputs and scores of stage 4), RUN/judges/;
                 battery and harden go without a run: --judge-url, --judge-model, key in JUDGE_API_KEY
@@ -14,6 +15,7 @@ What comes out: RUN/attacks/patterns.json, patterns.png      share of each compo
                 RUN/attacks/transfer.json, transfer.png      mean lift over the base policy, with intervals
                 RUN/attacks/battery/JUDGE.jsonl, JUDGE.json  every judgement; success and lift of each attack
                 RUN/attacks/battery/battery.png, harden.json, harden.png
+                RUN/report.html                              curves, matrices and all outputs, in one file
 
 A policy that became better lifts every column of the transfer matrix, gold included. One that
 learned its judge's weakness lifts that judge's column, and those of the judges that share it.
@@ -28,15 +30,18 @@ Simpler than the paper, and why:
     python 05_attack_analysis.py battery  --judge-url https://…/v1 --judge-model MODEL --fail-above 0.2 --json out.json
     python 05_attack_analysis.py harden   --run runs/demo --judge direct
     python 05_attack_analysis.py summary  --run runs/demo
+    python 05_attack_analysis.py report   --run runs/demo
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import textwrap
 from collections import Counter
@@ -1149,6 +1154,114 @@ def draw_hardening(table: dict[str, dict[str, Any]], attacks: Sequence[str], pat
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# report: one page to read a run by. 05_report_template.html shows what is gathered here.
+# ---------------------------------------------------------------------------------------------
+
+LONGEST = 20_000  # characters of one text that the page keeps
+PARTS = {  # what the page shows, the file that it comes from, the command that writes it
+    "gold": ("evaluation/gold.json", "04_evaluate.py gold"),
+    "judges": ("evaluation/judges.json", "04_evaluate.py judges"),
+    "transfer": ("attacks/transfer.json", "05_attack_analysis.py transfer"),
+    "patterns": ("attacks/patterns.json", "05_attack_analysis.py patterns"),
+    "harden": ("attacks/battery/harden.json", "05_attack_analysis.py harden --judge direct"),
+}
+MORE_PARTS = {"battery": "05_attack_analysis.py battery --judge direct", "outputs": "04_evaluate.py gold"}
+
+
+def shortened(text: str) -> str:
+    rest = len(text) - LONGEST
+    return text if rest <= 0 else f"{text[:LONGEST]} [… {rest} more characters are in the run's files]"
+
+
+def spans(instruction: str, text: str) -> list[tuple[str, int, int]]:
+    """The patterns of `text`; its places counted in UTF-16 units, as browsers do."""
+
+    def units(place: int) -> int:
+        return len(text[:place].encode("utf-16-le", "surrogatepass")) // 2
+
+    return [(component, units(start), units(end)) for component, start, end in find_patterns(instruction, text)]
+
+
+def gather_outputs(run: Path, most: int) -> tuple[list[dict[str, Any]], int]:
+    """The evaluated outputs and the rollouts of a run with their scores; how many were left out to keep `most`.
+
+    `scores`: judge -> (expected score, label, its thinking); a rollout has that of its own judge only.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    for folder in ("evaluation", "attacks"):
+        for path in sorted((run / folder / "scores").glob("*.jsonl")):
+            for r in annotate.read_jsonl(path, ["id", "expected", "label"]):
+                thinking = shortened(r.get("thinking") or r.get("reasoning") or "")
+                scores.setdefault(r["id"], {})[path.stem] = (r["expected"], r["label"], thinking)
+    own = {path.parent.name: json.loads(path.read_text())["judge"] for path in sorted((run / "policies").glob("*/policy.json"))}
+    evaluated = annotate.read_jsonl(run / "evaluation" / "outputs.jsonl", ["id", "policy", "step", "instruction", "output"])
+    rows = [{**r, "source": "evaluation", "own": own.get(r["policy"]), "scores": scores.get(r["id"], {})} for r in evaluated]
+    rollouts = []
+    for name, judge in own.items():
+        for r in annotate.read_jsonl(run / "policies" / name / "rollouts.jsonl", ["id", "step", "instruction", "completion", "reward"]):
+            judged = (r["reward"], r.get("label"), shortened(r.get("thinking") or ""))
+            about = {"id": f"{name}:rollout:{r['id']}", "policy": name, "source": "training", "own": judge}
+            rollouts.append({**r, **about, "output": r["completion"], "scores": {judge: judged}})
+    found = len(rows) + len(rollouts)
+    for kind in (rows, rollouts):  # the evaluated ones first: gold has seen them
+        most -= len(kind)
+        if most < 0:
+            kind[:] = random.Random(0).sample(kind, max(0, len(kind) + most))
+    return rows + rollouts, found - len(rows) - len(rollouts)
+
+
+def write_report(run: Path, most: int) -> Path:
+    """Write RUN/report.html from whatever parts the run has."""
+    commands = {key: command for key, (_, command) in PARTS.items()} | MORE_PARTS
+    data: dict[str, Any] = {"run": str(run), "commands": {k: f"python {c} --run {run}" for k, c in commands.items()}}
+    for key, (name, _) in PARTS.items():
+        data[key] = json.loads((run / name).read_text()) if (run / name).exists() else None
+    batteries = [path for path in sorted(run.glob("attacks/battery/*.json")) if path.stem != "harden"]
+    data["battery"] = {path.stem: json.loads(path.read_text())["attacks"] for path in batteries}
+    metrics = {path.parent.name: annotate.read_jsonl(path, ["step", "reward"]) for path in sorted((run / "policies").glob("*/metrics.jsonl"))}
+    data["training"] = {name: [(r["step"], r["reward"]) for r in records] for name, records in metrics.items()}
+    data["components"] = {name: component.meaning for name, component in COMPONENTS.items()}
+    rows, data["left_out"] = gather_outputs(run, most)
+    instructions = {text: number for number, text in enumerate(dict.fromkeys(r["instruction"] for r in rows))}
+    data["instructions"] = [shortened(text) for text in instructions]
+    data["outputs"] = [
+        {key: row[key] for key in ("id", "policy", "step", "source", "own", "scores")}
+        | {"instruction": instructions[row["instruction"]], "output": shortened(row["output"]), "finished": row.get("finished", True)}
+        | {"spans": spans(row["instruction"], row["output"][:LONGEST])}
+        for row in rows
+    ]  # fmt: skip
+    path = run / "report.html"
+    annotate.write_text(path, fill(Path(__file__).with_name("05_report_template.html").read_text(encoding="utf-8"), data))
+    return path
+
+
+def fill(page: str, data: dict[str, Any]) -> str:
+    """`page` with `data` as JSON that HTML cannot read, and the hashes of the one style and script that it may use.
+
+    The JSON is ASCII without < > &, so nothing that a model wrote can end its block.
+    """
+    for name in ("style", "script"):
+        (body,) = re.findall(rf"<{name}>(.*?)</{name}>", page, re.DOTALL)
+        page = page.replace(f"__{name}__", base64.b64encode(hashlib.sha256(body.encode()).digest()).decode())
+    clean = json.loads(json.dumps(data), parse_constant=lambda _: None)  # NaN and infinity are not JSON
+    text = json.dumps(clean, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return page.replace("__data__", text, 1)
+
+
+@app.command("report")
+def report_command(
+    run: Path = annotate.RUN,
+    most: int = typer.Option(10_000, min=1, help="Outputs kept in the page, evaluated ones first; a random part of the rest."),
+) -> None:
+    """One page to read the run by: curves, matrices, every output with its scores and patterns."""
+    annotate.need(run, f"01_annotate.py --preset laptop --run {run}")
+    path = write_report(run, most)
+    print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 # ---------------------------------------------------------------------------------------------
