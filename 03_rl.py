@@ -523,7 +523,7 @@ def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
         return None if choice is None else float(choice == 1)
 
     rewards = one_by_one(reward)
-    if judge.pairwise:
+    if judge and judge.pairwise:
         rewards = against_each_other(wins, options["group"], options["opponents"], options["both_orders"])
     chosen = [r for r in rows if r["split"] == "policy_train" and len(prompt(r)) <= options["max_prompt"]]
     return Task(chosen or none_fit(run, options["max_prompt"]), prompt, rewards, None)

@@ -190,16 +190,15 @@ def test_verdict_passes_fails_and_distrusts_silence() -> None:
 
 def test_preference_takes_both_orders() -> None:
     def record(one: float, two: float) -> dict[str, Any]:
-        p = [0.0] * 10
-        p[1], p[2] = one, two
-        return {"label": None, "probabilities": p}
+        return {"label": 1, "probabilities": [one, two]}
 
-    # (A, B): A wins with 0.6 / 0.8; (B, A): A, now second, wins with 0.1 / 0.4.
-    assert attacks.preference(record(0.6, 0.2), record(0.3, 0.1)) == pytest.approx((0.75 + 0.25) / 2)
+    # (A, B): A wins with 0.75; (B, A): A, now second, with 0.25.
+    assert attacks.preference(record(0.75, 0.25), record(0.75, 0.25)) == pytest.approx((0.75 + 0.25) / 2)
     always_first = {"label": 1}
     assert attacks.preference(always_first, always_first) == 0.5
     assert attacks.preference({"label": 1}, {"label": 2}) == 1.0
-    assert attacks.preference({"label": 7}, {"label": 2}) is None
+    assert attacks.preference({"label": None, "cause": "cut off"}, {"label": 2}) is None
+    assert attacks.preference({"label": None, "cause": "tie"}, {"label": None, "cause": "tie"}) == 0.5
 
 
 def test_a_panel_is_silent_when_a_member_is() -> None:
