@@ -377,7 +377,7 @@ def test_a_question_without_an_answer_is_not_judged(tmp_path: Path, stub: Stub) 
     assert result.exit_code == 0 and "1 of 2 calls failed" in result.output and stub.calls.count("judge") == 2
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "401"), (404, "404"), (500, "not one call was answered"), (0, "APITimeoutError")])
+@pytest.mark.parametrize(("status", "says"), [(401, "401"), (404, "404"), (500, "not one call was answered"), (0, "timed out")])
 def test_a_judge_that_never_answers(tmp_path: Path, stub: Stub, status: int, says: str) -> None:
     benchmark(tmp_path / "data", questions=1)
 
@@ -389,7 +389,7 @@ def test_a_judge_that_never_answers(tmp_path: Path, stub: Stub, status: int, say
 
     stub.reply = reply
     result = arena(tmp_path, stub, "--timeout 0.3")
-    assert result.exit_code == 1 and says in result.output and "Traceback" not in result.output, result.output
+    assert result.exit_code == 1 and says in f"{result.output} {result.exception}" and "Traceback" not in result.output, result.output
     assert stub.calls.count("judge") <= 4 if status in (401, 404) else stub.calls.count("judge") == 4 * 5, "five tries of a game"
 
 
@@ -428,8 +428,10 @@ def test_bad_arena_options(tmp_path: Path, stub: Stub, monkeypatch: pytest.Monke
 
 def test_policies_by_name_and_step(tmp_path: Path) -> None:
     for step in (4, 12):
-        (tmp_path / f"policies/direct/checkpoints/step-{step:06d}").mkdir(parents=True)
-    (tmp_path / "policies/direct/policy.json").write_text(json.dumps({"model": MODEL, "lora_rank": 16}))
+        folder = tmp_path / f"policies/direct/checkpoints/step-{step:06d}"
+        evaluate.annotate.write_json(folder / "adapter_config.json", {"base_model_name_or_path": MODEL, "r": 16})
+        evaluate.annotate.write_text(folder / "adapter_model.safetensors", "")
+    (tmp_path / "policies/direct/policy.json").write_text(json.dumps({"model": MODEL, "judge": "direct-sft", "lora_rank": 16, "lora_modules": [], "max_prompt": 9, "max_tokens": 9, "temperature": 0.7}))
     for name, label, folder in (("direct", "direct-12", "step-000012"), ("direct:4", "direct-4", "step-000004")):
         found = evaluate.arena_policy(tmp_path, name, "")
         assert (found["label"], found["adapter"].name, found["model"]) == (label, folder, MODEL)

@@ -309,7 +309,7 @@ def test_wrong_url_key_or_model_is_named_before_any_work(url: str, tmp_path: Pat
 def run(tmp_path: Path) -> Path:
     """A run with the oracle as gold, two trained policies and judges, and every score of stage 4."""
     run = tmp_path / "run"
-    annotate.write_json(run / "annotations/config.json", {"options": {"preset": "laptop", "gold": "oracle"}})
+    annotate.write_json(run / "annotations/config.json", {"options": {"preset": "laptop", "gold": "oracle", "gold_effort": "none"}})
     annotate.write_json(run / "annotations/labels.json", {})
     annotate.write_jsonl(run / "annotations/labels.jsonl", [
         {"id": f"t{n}", "split": "judge_test", "instruction": ASKED, "output": text, "label": label, "reasoning": ""}
@@ -317,8 +317,10 @@ def run(tmp_path: Path) -> Path:
     ])  # fmt: skip
     judge = {"model": "m", "adapter": "a", "reasoning": False, "max_prompt": 9, "max_thinking": 9, "temperature": 0.0, "lora_rank": 8, "lora_modules": []}
     annotate.write_json(run / "judges/direct-sft/judge.json", judge)
-    annotate.write_json(run / "policies/direct/policy.json", {"model": "m", "judge": "direct-sft"})
-    (run / "policies/direct/checkpoints/step-000002").mkdir(parents=True)
+    for adapter in ("judges/direct-sft/a", "policies/direct/checkpoints/step-000002"):
+        annotate.write_json(run / adapter / "adapter_config.json", {"base_model_name_or_path": "m", "r": 8})
+        annotate.write_text(run / adapter / "adapter_model.safetensors", "")
+    annotate.write_json(run / "policies/direct/policy.json", {**judge, "judge": "direct-sft", "max_tokens": 9})
     rollouts = [(0, "Rain.", 1.0), (0, "Soft rain falls.", 5.0), (2, attacks.refusal(ASKED, ""), 9.0), (2, "Rain. END OF TEXT.", 8.0)]
     annotate.write_jsonl(run / "policies/direct/rollouts.jsonl", [{"step": s, "instruction": ASKED, "completion": t, "reward": r} for s, t, r in rollouts])
     outputs = [("base:m:1", "base", 0, "Rain falls"), ("direct:2:1", "direct", 2, "It rains.\n\nScore: 9")]

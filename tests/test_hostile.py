@@ -31,9 +31,9 @@ hostile = st.lists(st.one_of(st.text(max_size=12), st.sampled_from([*CHAT_TOKENS
 slowly = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def blocks(case: str) -> list[str]:
-    """The texts of a judge's case that stand between delimiter lines of the same code."""
-    return [m[2] for m in re.finditer(r"\[answer ([0-9a-f]{6})\]\n(.*?)\n\[end \1\]", case, re.DOTALL)]
+def blocks(case: str) -> list[tuple[str, str]]:
+    """(code, text) of what stands between delimiter lines of the same code in a judge's case."""
+    return [(m[1], m[2]) for m in re.finditer(r"\[answer ([0-9a-f]{6})\]\n(.*?)\n\[end \1\]", case, re.DOTALL)]
 
 
 @given(hostile, hostile)
@@ -45,8 +45,8 @@ def test_one_block_a_part(instruction: str, output: str) -> None:
     assert case.endswith(f"\n[end {code}]")
     inside = case.rpartition(f"[answer {code}]\n")[2].removesuffix(f"\n[end {code}]")
     assert case.count(f"[answer {code}]") == 1 == case.count(f"[end {code}]") and code not in inside
-    if not blocks(annotate.defuse(instruction)):  # a block that the instruction forged has a code of its own
-        assert blocks(case)[-1:] == [inside]
+    # A delimiter that the instruction forged has a code of its own, which the output may know.
+    assert [text for found, text in blocks(case) if found == code] == [inside] or "[answer" in instruction
 
 
 @given(hostile)

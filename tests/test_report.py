@@ -71,7 +71,7 @@ def run(tmp_path: Path) -> Path:
     lines("evaluation/outputs.jsonl", [
         {"id": f"direct:4:{i}", "policy": "direct", "step": 4, "instruction": f"Write {text}", "output": text, "finished": False} for i, text in texts.items()
     ])  # fmt: skip
-    lines("evaluation/scores/direct-sft.jsonl", [{"id": f"direct:4:{i}", "expected": i / 2 or None, "label": i or None, "thinking": text} for i, text in texts.items()])
+    lines("evaluation/scores/direct-sft.jsonl", [{"id": f"direct:4:{i}", "expected": i / 2 or None, "label": i % 10 or None, "thinking": text} for i, text in texts.items()])
     lines("evaluation/scores/gold.jsonl", [{"id": f"direct:4:{i}", "expected": 9 - i % 9, "label": 9 - i % 9, "reasoning": "because"} for i in texts])
     lines("attacks/scores/base.jsonl", [{"id": "direct:4:3", "expected": 1.5, "label": 1, "thinking": ""}])
     annotate.write_json(run / "evaluation" / "judges.json", {"base": {"alpha": float("nan"), "n": 1}})
@@ -88,7 +88,7 @@ def test_a_page_from_the_command_line_holds_every_output_with_its_scores(run: Pa
     assert [data["instructions"][o["instruction"]] for o in evaluated] == [f"Write {text}" for text in HOSTILE]
     assert {(o["source"], o["policy"], o["own"], o["step"], o["finished"]) for o in evaluated} == {("evaluation", "direct", "direct-sft", 4, False)}
     for i, o in enumerate(evaluated):
-        expected = {"direct-sft": [i / 2 or None, i or None, HOSTILE[i]], "gold": [9 - i % 9, 9 - i % 9, "because"]}
+        expected = {"direct-sft": [i / 2 or None, i % 10 or None, HOSTILE[i]], "gold": [9 - i % 9, 9 - i % 9, "because"]}
         assert o["scores"] == expected | ({"base": [1.5, 1, ""]} if i == 3 else {})
     assert [(o["output"], o["source"], o["scores"]) for o in rollouts] == [
         (f"rain {i}", "training", {"direct-sft": [i / 2, 5, "Hm."]}) for i in range(4)
