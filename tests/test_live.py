@@ -94,7 +94,7 @@ def test_direct_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
 def test_thinking_that_never_closes_is_unusable(server: Any, tokenizer: Any) -> None:
     judge = annotate.Judge(server, tokenizer, None, reasoning=True, max_thinking=8)
     verdict = annotate.ask_judge(judge, INSTRUCTION, "Rain falls.")
-    assert verdict.label is None and verdict.expected is None and verdict.thinking_tokens == 8
+    assert verdict.label is None and verdict.expected is None and 0 < verdict.thinking_tokens <= 8
 
 
 def test_gold_by_chat_counts_what_it_cannot_use(server: Any) -> None:
