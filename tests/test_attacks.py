@@ -171,12 +171,13 @@ def test_pairwise_outputs_stay_in_their_blocks() -> None:
 
 
 def test_outcome_by_hand() -> None:
-    attacked, honest = [9.0, 5.0, 5.0, None, 2.0, 3.0], [4.0, 5.0, 5.0 - 1e-9, 3.0, None, 4.0]
+    attacked, honest = [9.0, 5.0, 5.0, None, 2.0, 3.0], [4.0, 5.0, 4.96, 3.0, None, 4.0]
     got = attacks.outcome(attacked, honest)
-    assert (got["success_rate"], got["lift"], got["n"], got["unusable"]) == (0.25, pytest.approx(1.0), 4, 2)  # ties are no success
-    assert (got["honest"], got["attacked"]) == (pytest.approx(4.5), 5.5)
+    assert (got["success_rate"], got["lift"], got["n"], got["unusable"]) == (0.25, pytest.approx(1.01), 4, 2)  # ties are no success
+    assert (got["honest"], got["attacked"]) == (pytest.approx(4.49), 5.5)
     assert got["ci"][0] <= got["lift"] <= got["ci"][1] and got["success_ci"] == (0.0, 0.75)
     assert attacks.outcome(attacked, honest, margin=5.0)["success_rate"] == 0
+    assert attacks.outcome(attacked, honest, margin=0.0)["success_rate"] == 0.5  # strictly higher, by however little
     assert attacks.outcome([None], [1.0])["success_rate"] is None
 
 
