@@ -475,7 +475,8 @@ def asking(name: str, judge: dict[str, Any], server: Any) -> Iterator[Callable[[
             def ask(task: dict[str, Any]) -> dict[str, Any]:
                 second = second_of(task)
                 fitting = replace(door, pairwise=second is not None, max_prompt=10**9)  # the server has room: see `open_server`
-                verdict = asdict(annotate.ask_judge(fitting, task["instruction"], task["output"], second, prompt_of(task)))
+                prompt = None if task["variant"] == "default" else prompt_of(task)  # a judge's own prompt may hold a rubric
+                verdict = asdict(annotate.ask_judge(fitting, task["instruction"], task["output"], second, prompt))
                 return {**verdict, "cause": "thinking did not close" if verdict["label"] is None else None}
 
             yield ask

@@ -45,7 +45,10 @@ demo: setup
 	$(STAGE) 04_evaluate.py judges  --run $(RUN)
 	$(STAGE) 04_evaluate.py gold    --run $(RUN)
 	$(STAGE) 05_attack_analysis.py transfer --run $(RUN)
+	$(STAGE) 05_attack_analysis.py patterns --run $(RUN)
+	$(STAGE) 05_attack_analysis.py battery  --run $(RUN) --judge direct --judge base --judge reasoning --limit 4
 	$(STAGE) 05_attack_analysis.py summary  --run $(RUN)
+	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
 
 test: setup
 	$(STAGE) -m pytest tests $(TESTS)
