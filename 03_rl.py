@@ -829,7 +829,7 @@ def train_judge(
         return annotate.show_plan(parts, options["preset"], tokens_per_second, seconds)
     if start == Start.base:
         described = {**annotate.settle(sft.PRESETS, run, preset, {}), "reasoning": "direct" not in judge}
-        described = {key: described[key] for key in sft.DESCRIBES} | {"max_thinking": options["max_tokens"]}
+        described = {key: described[key] for key in sft.DESCRIBES} | {"max_thinking": options["max_tokens"], "pairwise": "pairwise" in judge}
         adapter, origin = None, "base"
     else:
         source, described = find_judge(run, f"{judge}-sft")

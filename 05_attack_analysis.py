@@ -340,7 +340,7 @@ def patterns_command(run: Path = annotate.RUN) -> None:
         policies[name] = {"rollouts": pattern_curve(rollouts.get(name, []), "completion"), "outputs": pattern_curve(own, "output")}
     if not policies:
         annotate.fail(f"{run} has no rollouts and no outputs of a policy. Run this first: python 03_rl.py policy --run {run} --judge direct")
-    folder = run / "attacks"
+    folder = attacks_folder(run)
     annotate.write_json(folder / "patterns.json", {"components": {name: c.meaning for name, c in COMPONENTS.items()}, "policies": policies})
 
     curves = [(name, kind, curve) for name, kinds in policies.items() for kind, curve in kinds.items() if curve]
@@ -388,6 +388,13 @@ def draw_patterns(policies: dict[str, dict[str, Any]], path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 # Any judge: of the run, the gold judge, or a chat model behind a URL.
 # ---------------------------------------------------------------------------------------------
+
+
+def attacks_folder(run: Path) -> Path:
+    """RUN/attacks, ours until this command ends."""
+    folder = annotate.need(run / "annotations" / "config.json", f"01_annotate.py --preset laptop --run {run}").parent
+    annotate.record_config(run / "attacks", {"preset": annotate.read_options(folder)["preset"]})
+    return run / "attacks"
 
 
 def chosen_judges(run: Path | None, names: Sequence[str], urls: Sequence[str], models: Sequence[str], tokens: int, effort: str) -> dict[str, dict[str, Any]]:
@@ -648,6 +655,7 @@ def transfer_command(
 ) -> None:
     """The matrix policies x judges of mean score lift over the base policy."""
     annotate.need(run / "evaluation" / "gold.json", f"04_evaluate.py gold --run {run}")
+    attacks_folder(run)
     judges, policies = evaluate.trained_judges(run), evaluate.trained_policies(run)
     chats = chosen_judges(run, [], judge_url, judge_model, judge_tokens, judge_effort) if judge_url or judge_model else {}
     everything = annotate.read_jsonl(run / "evaluation" / "outputs.jsonl", ["id", "policy", "step", "instruction", "output"])
@@ -940,7 +948,7 @@ def battery_command(
     if json_path and len(judges) > 1:
         annotate.fail("--json takes the results of one judge: ask for one.")
     honest, attacks = prepare(run, instructions, limit, attack, judges)
-    folder = run / "attacks" / "battery" if run else out
+    folder = attacks_folder(run) / "battery" if run else out
     rows = [{"attack": name, "variant": "default", "instruction": i, "output": o if name == HONEST else attacks[name](i, o)} for name in (HONEST, *attacks) for i, o in honest.items()]
     results = {}
     with open_server(run or out, judges, rows) as server:
@@ -1048,7 +1056,7 @@ def harden_command(
         annotate.fail("--judge gold: the oracle reads no prompt, so there is nothing to harden.")
     honest, attacks = prepare(run, instructions, limit, attack, judges)
     labelled = [row for row in evaluate.sft.labelled(run, "judge_test") if row["label"] is not None][:test] if run and test else []
-    folder = run / "attacks" / "battery" if run else out
+    folder = attacks_folder(run) / "battery" if run else out
 
     tasks = {name: variant_tasks(name, honest, attacks, labelled) for name in variants}
     members: dict[str, dict[str, dict[Any, float | None]]] = {}  # judge -> variant -> scores

@@ -26,10 +26,17 @@ COMMANDS = [
     f"03_rl.py judge --preset laptop --run {RUN} --judge reasoning {RL} --max-tokens 64",
     f"03_rl.py policy --preset laptop --run {RUN} --judge direct {RL} --max-tokens 16",
     f"03_rl.py policy --preset laptop --run {RUN} --judge reasoning {RL} --max-tokens 16 --beta 0.01",
+    f"01_annotate.py --run {RUN} {DATA} --pairs",
+    f"02_train_judge.py --run {RUN} --no-reasoning --pairwise --epochs 1",
+    f"03_rl.py judge --run {RUN} --judge direct-pairwise --from base --steps 1 --prompts 1 --group 2 --minibatches 1 --max-tokens 4",
+    f"03_rl.py policy --run {RUN} --judge direct-pairwise --steps 1 --prompts 2 --group 3 --minibatches 1 --max-tokens 16",
     f"04_evaluate.py judges --run {RUN}",
     f"04_evaluate.py gold --run {RUN}",
     f"05_attack_analysis.py transfer --run {RUN}",
+    f"05_attack_analysis.py patterns --run {RUN}",
+    f"05_attack_analysis.py battery --run {RUN} --judge direct --limit 1 --attack refusal --attack top_digit",
     f"05_attack_analysis.py summary --run {RUN}",
+    f"05_attack_analysis.py report --run {RUN}",
 ]
 
 
@@ -53,7 +60,7 @@ def test_command(finished: Any, number: int) -> None:
 
 
 def test_every_record_once_and_whole(finished: Any) -> None:
-    counts = {"annotations/labels.jsonl": 26, "policies/direct/metrics.jsonl": 2, "evaluation/outputs.jsonl": 15}
+    counts = {"annotations/labels.jsonl": 26, "policies/direct/metrics.jsonl": 2, "evaluation/outputs.jsonl": 18}
     for path in RUN.rglob("*.jsonl"):
         records = annotate.read_jsonl(path)
         key = "step" if path.name == "metrics.jsonl" else "id"
@@ -63,19 +70,22 @@ def test_every_record_once_and_whole(finished: Any) -> None:
 
 def test_results_have_their_form(finished: Any) -> None:
     judges = json.loads((RUN / "evaluation/judges.json").read_text())
-    assert set(judges) == {"base", "direct-sft", "reasoning-sft", "reasoning-rl"}
+    pairwise = {"base-pairwise", "direct-pairwise-sft", "direct-pairwise-base-rl"}
+    assert set(judges) == {"base", "direct-sft", "reasoning-sft", "reasoning-rl", *pairwise}
+    assert {name for name in judges if "accuracy" in judges[name]} == pairwise
     curves = json.loads((RUN / "evaluation/gold.json").read_text())["curves"]
+    assert curves["direct-pairwise"][0]["own"] == curves["direct-pairwise"][0]["gold"] == 4.5, "the baseline against itself"
     assert [p["step"] for p in curves["direct"]] == [0, 1, 2]
     assert curves["direct"][0]["gold"] == curves["reasoning"][0]["gold"], "both policies start at the same base model"
     transfer = json.loads((RUN / "attacks/transfer.json").read_text())
-    assert set(transfer["direct"]) == {"gold", "base", "direct-sft", "reasoning-sft", "reasoning-rl"}
+    assert set(transfer["direct"]) == {"gold", *judges}
     gold = transfer["direct"]["gold"]
     assert gold["lift"] == pytest.approx(curves["direct"][-1]["gold"] - curves["direct"][0]["gold"])
-    for name in ("evaluation/gold.png", "attacks/transfer.png"):
+    for name in ("evaluation/gold.png", "attacks/transfer.png", "attacks/patterns.png", "attacks/battery/battery.png"):
         assert (RUN / name).read_bytes().startswith(b"\x89PNG")
     metrics = annotate.read_jsonl(RUN / "policies/direct/metrics.jsonl")
     assert all(m["gap"] < 1e-3 for m in metrics), "before its first update a step's trainer and sampler agree"
-    assert "transfer of policy direct" in finished[-1].stdout
+    assert "transfer of policy direct" in finished[-2].stdout and (RUN / "report.html").exists()
 
 
 def test_a_second_run_finds_its_work_done(finished: Any) -> None:
@@ -85,7 +95,7 @@ def test_a_second_run_finds_its_work_done(finished: Any) -> None:
         assert result.returncode == 0 and "starting vLLM" not in result.stdout
     assert time.perf_counter() - began < 60
     after = snapshot()
-    assert {k for k in before if before[k] != after.get(k)} <= {str(RUN / "evaluation/gold.png"), str(RUN / "attacks/transfer.png")}
+    assert all(k.endswith(".png") for k in before if before[k] != after.get(k))
 
 
 def test_killed_and_resumed_policy_ends_like_an_uninterrupted_one(finished: Any) -> None:
