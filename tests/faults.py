@@ -223,7 +223,7 @@ def kills(number: int, seed: int) -> dict[str, int]:
 # Signals, a full disk, a server that dies or hangs.
 # ---------------------------------------------------------------------------------------------
 
-SAMPLING = f"01_annotate.py --preset laptop --run {RUN} --judge-train 40 --judge-validation 3 --judge-test 4 --policy-train 6 --policy-test 3 --threads 4"
+SAMPLING = f"01_annotate.py --preset laptop --run {RUN} --judge-train 40 --judge-validation 3 --judge-test 4 --policy-train 6 --policy-test 3 --outputs 1 --output-tokens 16 --threads 4"
 
 
 def until(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
@@ -255,7 +255,7 @@ def fault(name: str, act: Callable[[subprocess.Popen[bytes]], None], statuses: s
     finish(SAMPLING, run)
     ids, damaged = records(run / "annotations" / "labels.jsonl")
     result = {
-        "status": status, "seconds": round(seconds, 1), "servers_left": left, "kept": kept, "lost": 47 * 3 - len(ids), "duplicated": sum(ids.values()) - len(ids),
+        "status": status, "seconds": round(seconds, 1), "servers_left": left, "kept": kept, "lost": 47 - len(ids), "duplicated": sum(ids.values()) - len(ids),
         "damaged": damaged, "traceback": "Traceback" in log, "says": [text for text in log.splitlines() if "the same command goes on" in text][-1:],
     }  # fmt: skip
     result["ok"] = status in statuses and not (left or result["lost"] or result["duplicated"] or damaged or result["traceback"])
