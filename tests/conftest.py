@@ -63,3 +63,11 @@ def descendants(pid: int) -> list[int]:
     while level := [child for child, parent in parents.items() if parent in level]:
         found += level
     return found
+
+
+def living(pid: int) -> bool:
+    """Whether there is such a process (a zombie is none)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

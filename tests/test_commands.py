@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, command, descendants, processes_naming
+from conftest import ROOT, command, descendants, living, processes_naming
 
 annotate = import_module("01_annotate")
 
@@ -156,7 +156,7 @@ def test_two_ranks_two_servers_and_one_of_them_dies(finished: Any) -> None:
         assert [m["step"] for m in metrics] == [0, 1, 2, 3] and any(m["stale"] for m in metrics)
         assert all(m["rollouts"] == 6 and len(m["prompt_ids"]) == 2 for m in metrics)
         assert all(m["gap"] < 1e-3 for m in metrics if not m["stale"])
-        assert not {pid for pid in ours if Path(f"/proc/{pid}").exists()}
+        assert not [pid for pid in ours if living(pid)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         output.unlink()
@@ -175,8 +175,14 @@ def test_another_preset_is_refused(finished: Any) -> None:
 
 def test_gold_by_a_live_chat_model(server: Any, tmp_path: Path) -> None:
     """The second gold path: preference data, and a chat model at a URL, here SmolLM2 itself."""
-    turns = [[{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "An answer."}] for i in range(16)]
-    rows = [{"prompt": f"Question {i}?", "chosen": t, "rejected": t, "source": "off-policy" if i < 8 else "other"} for i, t in enumerate(turns)]
+
+    def turns(number: int, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"Question {number}?"}, {"role": "assistant", "content": answer}]
+
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": turns(i, "An answer."), "rejected": turns(i, "No."), "source": "off-policy" if i < 8 else "other"}
+        for i in range(16)
+    ]
     annotate.write_jsonl(tmp_path / "rows.jsonl", rows)
     sizes = "--judge-train 4 --judge-validation 2 --judge-test 2 --policy-train 2 --policy-test 2"
     result = command(
@@ -186,5 +192,5 @@ def test_gold_by_a_live_chat_model(server: Any, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     labels = annotate.read_jsonl(tmp_path / "run/annotations/labels.jsonl", ["id", "label", "reasoning", "cause"])
-    assert len(labels) == 8 and all((r["label"] is None) == (r["cause"] is not None) for r in labels)
+    assert len(labels) == 16 and all((r["label"] is None) == (r["cause"] is not None) for r in labels)
     assert server.key not in "".join(p.read_text(errors="replace") for p in (tmp_path / "run").rglob("*") if p.is_file())

@@ -145,7 +145,8 @@ def test_collect_rewards_every_rollout(server: Any, tokenizer: Any) -> None:
 # --- no server outlives its script ---------------------------------------------------------------
 
 HOLDER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
 from importlib import import_module
 from pathlib import Path
 annotate = import_module("01_annotate")
