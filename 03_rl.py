@@ -1,13 +1,14 @@
 """Stage 3: GRPO, written out. One loop, two rewards.
 
-    judge    a reasoning judge learns to hit the gold label           reward: eq. 1
-    policy   a policy learns to please a judge that is now frozen     reward: its expected score
+    judge    a judge learns to hit the gold label                     reward: eq. 1 (pairwise: eq. 3)
+    policy   a policy learns to please a judge that is now frozen     reward: its expected score (eq. 4)
 
-What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ from stage 2
+What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ from stage 2 (or, with --from base, nothing)
 What comes out: RUN/judges/NAME-rl/ (judge) or RUN/policies/NAME/ (policy), each with
                 checkpoints/step-000010/ …   PEFT adapters
                 metrics.jsonl                one record a step
                 rollouts.jsonl               outputs with their rewards, some of each step
+                failed-*.jsonl               the batch of a step that was not sound
 
 A step, as in nearly every RL of language models today:
  1. sample      G rollouts for each of P prompts from the vLLM server, with their log-probabilities
@@ -21,11 +22,13 @@ Simpler than the paper, and why:
  2. The old log-probabilities of eq. 2 are the sampler's own: they belong to the distribution that
     the rollouts really came from, and cost no forward pass. The gap to the trainer is recorded.
  3. A rollout cut off at its length limit is judged and trained on like any other.
- 4. One training process; the servers may use several GPUs.
+ 4. No DDP: each rank samples, judges and trains on its own share of a step's prompts, and one sum
+    over the adapter's gradients joins them (`on_ranks` in stage 2).
 
     python 03_rl.py judge  --preset laptop --run runs/demo --judge reasoning
     python 03_rl.py policy --preset laptop --run runs/demo --judge direct
     python 03_rl.py policy --preset laptop --run runs/demo --judge reasoning
+    python 03_rl.py policy --preset node   --run runs/paper --judge reasoning --policy-gpus 0,1 --judge-gpus 2,3,4,5 --train-gpus 6,7
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ MUTATIONS = [
     ("03_rl.py", "judged[sample].result() for sample in samples_G", "verdict.result() for verdict in judged.values()", "rewards in the order of finishing"),
     ("02_train_judge.py", "        parameter.grad = part.view_as(parameter)", "        pass", "gradients of the ranks not summed"),
     ("03_rl.py", "count, active = sft.over_ranks([len(rewarded), len(rollouts)])", "count, active = len(rewarded), len(rollouts)", "normaliser of the rank, not the step"),
+    ("03_rl.py", "* count)] * len(r.sample.tokens_T))", "* count)] * (len(r.sample.tokens_T) - 1) + [0.0])", "stop token masked"),
+    ("03_rl.py", "if upcoming else sample(step, name(step))", "if upcoming else sample(step, name(first))", "stale adapter"),
+    ("03_rl.py", "points[b].append(1 - won)", "points[b].append(won)", "both of a pair win"),
     ("03_rl.py", "rows_P[i : i + size][rank::ranks]", "rows_P[rank::ranks][i : i + size]", "ranks disagree on what a minibatch is"),
 ]
 
@@ -46,7 +49,7 @@ def survives(script: str, before: str, after: str) -> bool:
         (copy / "models").symlink_to(ROOT / "models")
         (copy / script).write_text(text.replace(before, after))
         names = "loss or update or packed or advantages or equation or alpha or clip or same_step or rewards_stay or loop"
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_training.py", "tests/test_ranks.py", "-k", names]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_training.py", "tests/test_ranks.py", "tests/test_pairwise.py", "-k", names]
         result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert result.returncode in (0, 1), result.stdout
     return result.returncode == 0
