@@ -26,7 +26,9 @@ COMMANDS = [
     f"03_rl.py judge --preset laptop --run {RUN} --judge reasoning {RL} --max-tokens 64",
     f"03_rl.py policy --preset laptop --run {RUN} --judge direct {RL} --max-tokens 16",
     f"03_rl.py policy --preset laptop --run {RUN} --judge reasoning {RL} --max-tokens 16 --beta 0.01",
-    f"01_annotate.py --run {RUN} {DATA} --pairs",
+    f"01_annotate.py --run {RUN} {DATA} --pairs --efforts low,high --rubrics",
+    f"02_train_judge.py --run {RUN} --reasoning --effort low --rubrics --epochs 1 --max-thinking 32",
+    f"03_rl.py policy --run {RUN} --judge reasoning-low-rubrics --steps 1 --prompts 1 --group 3 --minibatches 1 --max-tokens 16",
     f"02_train_judge.py --run {RUN} --no-reasoning --pairwise --epochs 1",
     f"03_rl.py judge --run {RUN} --judge direct-pairwise --from base --steps 1 --prompts 1 --group 2 --minibatches 1 --max-tokens 4",
     f"03_rl.py policy --run {RUN} --judge direct-pairwise --steps 1 --prompts 2 --group 3 --minibatches 1 --max-tokens 16",
@@ -42,9 +44,12 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def finished() -> Any:
-    """The outputs of all commands, one after the other."""
+    """The outputs of all commands, one after the other; what the first one wrote stays as it is."""
     shutil.rmtree(RUN, ignore_errors=True)
-    results = [command(line) for line in COMMANDS]
+    results = [command(COMMANDS[0])]
+    labels = {path: path.read_bytes() for path in (RUN / "annotations").glob("*")}
+    results += [command(line) for line in COMMANDS[1:]]
+    assert all(path.read_bytes() == text for path, text in labels.items())
     yield results
     shutil.rmtree(RUN, ignore_errors=True)
 
@@ -60,7 +65,7 @@ def test_command(finished: Any, number: int) -> None:
 
 
 def test_every_record_once_and_whole(finished: Any) -> None:
-    counts = {"annotations/labels.jsonl": 26, "policies/direct/metrics.jsonl": 2, "evaluation/outputs.jsonl": 18}
+    counts = {"annotations/labels.jsonl": 26, "policies/direct/metrics.jsonl": 2, "evaluation/outputs.jsonl": 21}
     for path in RUN.rglob("*.jsonl"):
         records = annotate.read_jsonl(path)
         key = "step" if path.name == "metrics.jsonl" else "id"
@@ -70,8 +75,10 @@ def test_every_record_once_and_whole(finished: Any) -> None:
 
 def test_results_have_their_form(finished: Any) -> None:
     judges = json.loads((RUN / "evaluation/judges.json").read_text())
+    rubrics = json.loads((RUN / "judges/reasoning-low-rubrics-sft/judge.json").read_text())
+    assert rubrics["rubrics"] is True and rubrics["effort"] == "low"
     pairwise = {"base-pairwise", "direct-pairwise-sft", "direct-pairwise-base-rl"}
-    assert set(judges) == {"base", "direct-sft", "reasoning-sft", "reasoning-rl", *pairwise}
+    assert set(judges) == {"base", "direct-sft", "reasoning-sft", "reasoning-rl", "reasoning-low-rubrics-sft", *pairwise}
     assert {name for name in judges if "accuracy" in judges[name]} == pairwise
     curves = json.loads((RUN / "evaluation/gold.json").read_text())["curves"]
     assert curves["direct-pairwise"][0]["own"] == curves["direct-pairwise"][0]["gold"] == 4.5, "the baseline against itself"
