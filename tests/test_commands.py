@@ -17,7 +17,7 @@ from conftest import ROOT, command, descendants, living, processes_naming
 annotate = import_module("01_annotate")
 
 RUN = Path("runs/test-smallest")
-DATA = "--judge-train 6 --judge-validation 3 --judge-test 4 --policy-train 6 --policy-test 3 --outputs 2 --output-tokens 16"
+DATA = "--judge-train 6 --judge-validation 4 --judge-test 4 --policy-train 6 --policy-test 3 --outputs 2 --output-tokens 16"
 RL = "--steps 2 --prompts 2 --group 3 --minibatches 2 --checkpoint-every 1"
 COMMANDS = [
     f"01_annotate.py --preset laptop --run {RUN} {DATA}",
@@ -65,7 +65,7 @@ def test_command(finished: Any, number: int) -> None:
 
 
 def test_every_record_once_and_whole(finished: Any) -> None:
-    counts = {"annotations/labels.jsonl": 26, "policies/direct/metrics.jsonl": 2, "evaluation/outputs.jsonl": 21}
+    counts = {"annotations/labels.jsonl": 28, "policies/direct/metrics.jsonl": 2, "evaluation/outputs.jsonl": 21}
     for path in RUN.rglob("*.jsonl"):
         records = annotate.read_jsonl(path)
         key = "step" if path.name == "metrics.jsonl" else "id"
