@@ -837,6 +837,8 @@ def train_judge(
     else:
         source, described = find_judge(run, f"{judge}-sft")
         adapter, origin = source / described["adapter"], source.name
+    if described.get("pairwise") and max_tokens is None:  # two outputs are reasoned about
+        options["max_tokens"] = max(options["max_tokens"], described["max_thinking"])
     options |= {**{key: described[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}, "judge": origin}
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
