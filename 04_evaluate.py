@@ -192,7 +192,7 @@ def baseline_outputs(run: Path) -> dict[str, str]:
 def compare(grade: Any, row: dict[str, Any], baseline: str) -> dict[str, Any]:
     """The verdict of a pairwise judge on the output of `row` against `baseline`, in a random order, as a score of 0-9."""
     if row["output"] == baseline:
-        return {"expected": 4.5, "cause": "the baseline itself"}
+        return {"label": None, "expected": 4.5, "cause": "the baseline itself"}
     swapped = random.Random(row["id"]).random() < 0.5
     shown = (baseline, row["output"]) if swapped else (row["output"], baseline)
     verdict = grade(row["instruction"], *shown)

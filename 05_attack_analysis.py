@@ -1289,7 +1289,8 @@ def summary_command(run: Path = annotate.RUN) -> None:
     print(f"\n=== {run} ===")
     rows: list[list[Any]] = []
     for name, score in read["evaluation/judges"].items():
-        rows.append([f"judge {name}", f"alpha {score['alpha']:.1f}", f"invalid {score['invalid']:.1f} %", f"n = {score['n']}"])
+        measure = "accuracy" if "accuracy" in score else "alpha"  # of a pairwise judge
+        rows.append([f"judge {name}", f"{measure} {score[measure]:.1f}", f"invalid {score['invalid']:.1f} %", f"n = {score['n']}"])
     for name, curve in read["evaluation/gold"]["curves"].items():
         first, end = curve[0], curve[-1]
         for key, text in (("own", "own judge"), ("gold", "gold")):
