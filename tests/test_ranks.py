@@ -153,6 +153,11 @@ def test_the_loop(tmp_path: Path, gpus: str, overlap: bool, monkeypatch: pytest.
     rows = [{"id": str(n)} for n in range(5)]
     for m in metrics:  # in the order of the prompts, whatever rank they went to
         assert m["prompt_ids"] == [row["id"] for row in rl.prompts_of_step(rows, m["step"], 3, 0)]
+    batches = [json.loads(path.read_text()) for path in tmp_path.glob("batches-*.json")]
+    for step in range(3):  # a minibatch is the same prompts however many ranks share it
+        ids = [row["id"] for row in rl.prompts_of_step(rows, step, 3, 0)]
+        for number, wanted in enumerate((ids[:2], ids[2:])):
+            assert sorted(i for mine in batches for i in mine[2 * step + number]) == sorted(wanted)
     asked = [pair for path in tmp_path.glob("asked-*.json") for pair in json.loads(path.read_text())]
     used = {step: {model for model, number in asked if model.endswith(f"{step:06d}")} for step in range(3)}
     assert [len(names) for names in used.values()] == ([1, 1, 0] if overlap else [1, 1, 1])
@@ -165,7 +170,16 @@ def test_the_loop(tmp_path: Path, gpus: str, overlap: bool, monkeypatch: pytest.
 
 def patient_loop(folder: Path, options: dict[str, Any]) -> None:
     rl.stop_for_inspection = lambda *a: None  # in a rank of its own the test's patch is not there
+    update, batches = rl.update, []
+
+    def recorded(model: Any, optimizer: Any, groups: Any, options: Any) -> Any:
+        batches.append([group[0].row["id"] for group in groups])
+        return update(model, optimizer, groups, options)
+
+    rl.update = recorded
     loop(folder, options)
+    rl.update = update
+    annotate.write_json(folder / f"batches-{sft.world()[0]}.json", batches)
 
 
 def sft_steps(folder: Path) -> None:
