@@ -549,6 +549,7 @@ def main(
     threads: int | None = option("threads", "Judge calls in flight at once."),
     gpus: str | None = option("gpus", "GPUs that train, one rank on each, and then serve for validation."),
     seed: int | None = option("seed", "Seed of the adapter and of the order of examples."),
+    examples: int = typer.Option(0, min=0, help="Train on this many of the examples, drawn by the seed. 0: on all. Paper: about 164K."),
     name: str = typer.Option("", help="Name of the judge's folder, RUN/judges/NAME-sft. Default: direct or reasoning, with effort and rubrics."),
     plan: bool = annotate.PLAN,
     tokens_per_second: float | None = annotate.RATE,
@@ -564,7 +565,8 @@ def main(
         annotate.fail("--pairwise has the labels' own effort only; leave out --effort.")
     if pairwise and max_thinking is None:
         options["max_thinking"] *= 2  # two outputs are reasoned about
-    options |= {key: value for key, value in (("effort", effort), ("rubrics", rubrics), ("pairwise", pairwise)) if value}
+    variant = {"effort": effort, "rubrics": rubrics, "pairwise": pairwise, "examples": examples}
+    options |= {key: value for key, value in variant.items() if value}
     if plan:
         return annotate.show_plan(plan_training(options, run), options["preset"], tokens_per_second)
     kind = "-".join(word for word in ("reasoning" if reasoning else "direct", "pairwise" * pairwise, effort, "rubrics" * rubrics) if word)
@@ -579,7 +581,7 @@ def plan_training(options: dict[str, Any], run: Path) -> list[Any]:
     if options.get("effort"):
         answer = 1 + annotate.ASSUMED_REASONING[options["effort"]]
     return [
-        ("examples to train on, all epochs", options["epochs"] * facts["judge_train"], 0, prompt + answer),
+        ("examples to train on, all epochs", options["epochs"] * (options.get("examples") or facts["judge_train"]), 0, prompt + answer),
         ("validation after each epoch", options["epochs"] * facts["judge_validation"], prompt, answer),
     ]
 
@@ -589,8 +591,10 @@ def train_judge(options: dict[str, Any], run: Path, folder: Path) -> None:
     train = labelled(run, "judge_train", options["reasoning"], options.get("effort", ""), pairwise)
     validation = labelled(run, "judge_validation", pairwise=pairwise)
     rubrics = annotate.read_rubrics(run) if options.get("rubrics") else None
-    if not train or not validation:
-        annotate.fail(f"{run}/annotations: {len(train)} examples to train on, {len(validation)} to validate on.")
+    wanted = options.get("examples") or len(train)
+    if not train or not validation or wanted > len(train):
+        annotate.fail(f"{run}/annotations: {len(train)} examples to train on ({wanted} asked for), {len(validation)} to validate on.")
+    train = random.Random(options["seed"]).sample(train, wanted) if wanted < len(train) else train
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         annotate.need_gpus(options)

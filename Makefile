@@ -1,4 +1,5 @@
 # make demo   the whole study in miniature, on a laptop: about half an hour on two cores
+# make study  three seeds, every kind of judge: hours on two cores (make study SEEDS=0 for one)
 # make test   the tests, most against a live vLLM server
 # Both set everything up first; nothing but Python 3.11+ and pip is needed.
 
@@ -9,7 +10,7 @@ REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,require
 IN := .venv/bin/
 STAGE := $(IN)python
 
-.PHONY: demo test setup clean
+.PHONY: demo study test setup clean
 .NOTPARALLEL:
 
 setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
@@ -49,6 +50,39 @@ demo: setup
 	$(STAGE) 05_attack_analysis.py battery  --run $(RUN) --judge direct --judge base --judge reasoning --limit 4
 	$(STAGE) 05_attack_analysis.py summary  --run $(RUN)
 	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
+
+# Judges of one size of data, but for direct-large; longer training of the policies than in the demo.
+SEEDS ?= 0 1 2
+STUDY ?= runs/study
+EXAMPLES ?= 288
+LONG := --steps 24 --checkpoint-every 6
+study: setup
+	for seed in $(SEEDS); do $(MAKE) --no-print-directory study-main SEED=$$seed || exit 1; done
+	for seed in $(SEEDS); do $(MAKE) --no-print-directory study-more SEED=$$seed || exit 1; done
+
+ONE = --preset $(PRESET) --run $(STUDY)/seed-$(SEED)
+study-main:
+	$(STAGE) 01_annotate.py    $(ONE) --seed $(SEED) --judge-train 192
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --examples $(EXAMPLES)
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --examples $(EXAMPLES)
+	$(STAGE) 03_rl.py judge    $(ONE) --seed $(SEED) --judge reasoning
+	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge direct $(LONG)
+	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning $(LONG)
+	$(STAGE) 04_evaluate.py judges --run $(STUDY)/seed-$(SEED)
+	$(STAGE) 04_evaluate.py gold   --run $(STUDY)/seed-$(SEED)
+
+study-more:
+	$(STAGE) 01_annotate.py    $(ONE) --seed $(SEED) --judge-train 192 --efforts low --pairs
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --name direct-large
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --effort low --examples $(EXAMPLES)
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --pairwise --examples $(EXAMPLES)
+	$(STAGE) 03_rl.py judge    $(ONE) --seed $(SEED) --judge reasoning --from base --steps 24
+	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge direct-large $(LONG)
+	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning-low $(LONG)
+	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge direct-pairwise $(LONG)
+	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning-base $(LONG)
+	$(STAGE) 04_evaluate.py judges --run $(STUDY)/seed-$(SEED)
+	$(STAGE) 04_evaluate.py gold   --run $(STUDY)/seed-$(SEED)
 
 test: setup
 	$(STAGE) -m pytest tests $(TESTS)
