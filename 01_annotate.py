@@ -753,6 +753,17 @@ class Endpoint:
                 raise ValueError(f"{len(samples)} completions, {n} were asked for, or log-probabilities missing")
         return samples
 
+    def logprobs(self, prompt: list[int], completion: list[int]) -> list[float]:
+        """Log-probabilities (T,) of the token ids `completion` behind `prompt`, by the model without adapter, at temperature 1.
+
+        `prompt_logprobs` is vLLM's own; other servers may not have it.
+        """
+        with self.errors():
+            ids = prompt + completion
+            answer = self.replica().client.completions.create(model=self.model, prompt=ids, max_tokens=1, extra_body={"prompt_logprobs": 0})
+            known = (answer.choices[0].model_extra or {})["prompt_logprobs"]
+            return [float(known[at][str(ids[at])]["logprob"]) for at in range(len(prompt), len(ids))]
+
     def chat(self, messages: list[dict[str, str]], **settings: Any) -> tuple[str, str, bool]:
         """(final text, reasoning, finished) of one chat answer. The reasoning may be empty."""
         with self.errors():

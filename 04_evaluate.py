@@ -2,8 +2,9 @@
 
     judges        agreement of every judge of the run with the gold judge, on the judges' test set
     gold          every checkpoint of every policy, scored by its own judge and by gold: the paper's
-                  Figures 3-5. Where the two curves part, the policy has hacked its judge; length
-                  and refusals below them say what has changed.
+                  Figures 3-5. Where the two curves part, the policy has hacked its judge; fluency,
+                  length and refusals below them say what has changed.
+    study         the same over several runs, say seeds, side by side
     arena         Arena-Hard-V2: a policy's answers to 750 questions, each judged twice against a
                   baseline's answer, the positions swapped
     arena-score   verdicts in the benchmark's own folder layout to scores, as its authors compute them
@@ -12,7 +13,9 @@ What goes in:   RUN/annotations/, RUN/judges/, RUN/policies/; questions and base
 What comes out: RUN/evaluation/judges.json, judges/NAME.jsonl    agreement; every judgement
                 RUN/evaluation/outputs.jsonl                     one output a checkpoint and test instruction
                 RUN/evaluation/scores/JUDGE.jsonl                their scores, by own judge and gold
+                RUN/evaluation/fluency.jsonl                     how likely the untrained base model finds them
                 RUN/evaluation/gold.json, gold.png               the curves
+                STUDY/study.json, study.png                      judges and curves of every run in STUDY
                 RUN/evaluation/arena/                            answers and verdicts in the benchmark's layout
                 RUN/evaluation/arena/arena.json, arena-JUDGE.png scores, checks of the judge, and our bars among the paper's
 
@@ -23,6 +26,7 @@ Simpler than the paper, and why:
 
     python 04_evaluate.py judges --run runs/demo
     python 04_evaluate.py gold   --run runs/demo
+    python 04_evaluate.py study  --study runs/study
     python 04_evaluate.py arena  --run runs/paper --policy reasoning --plan
     python 04_evaluate.py arena-score --data runs/paper/evaluation/arena --category creative_writing --json out.json
 """
@@ -41,6 +45,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -351,6 +356,33 @@ def write_outputs(run: Path, policies: dict[str, Any], server: OneServer, thread
     return list({row["id"]: row for row in done}.values())
 
 
+def fluency(run: Path, policies: dict[str, Any], outputs: Sequence[dict[str, Any]], server: OneServer, threads: int) -> dict[str, float | None]:
+    """id -> mean log-probability of the output's tokens under the policy's untrained base model, asked the same; None if empty.
+
+    No training saw this measure. It is no judge of quality: read it for outputs that have become odd.
+    """
+    path = run / "evaluation" / "fluency.jsonl"
+    if missing(path, (row["id"] for row in outputs)):
+        for model in sorted({policy["model"] for policy in policies.values()}):
+            names = {f"{BASE}:{model}", *(f"{name}:{step}" for name, p in policies.items() if p["model"] == model for step in p["checkpoints"])}
+            tasks = {row["id"]: row for row in outputs if row["id"].rpartition(":")[0] in names}
+            measure = partial(measure_fluency, server.of(model), annotate.load_tokenizer(model))
+            annotate.complete(path, tasks, measure, f"fluency under {model}", threads)
+    return {record["id"]: record["fluency"] for record in annotate.read_jsonl(path, ["id", "fluency"])}
+
+
+def measure_fluency(endpoint: Any, tokenizer: Any, row: dict[str, Any]) -> dict[str, Any]:
+    output = annotate.encode(tokenizer, annotate.defuse(row["output"])) + [tokenizer.eos_token_id] * row["finished"]
+    known = endpoint.logprobs(annotate.policy_prompt(tokenizer, row["instruction"]), output) if output else []
+    return {"fluency": fmean(known) if known else None}
+
+
+def overlap(outputs: Sequence[str]) -> float | None:
+    """How alike outputs to different instructions are: the mean over pairs of (words of both) / (words of either)."""
+    words = [set(re.findall(r"\w+", output.lower())) for output in outputs[:200]]
+    return fmean(len(a & b) / max(1, len(a | b)) for a, b in combinations(words, 2)) if len(words) > 1 else None
+
+
 # A refusal, roughly: in its first 300 characters the output says that it will not, or that the request is
 # not allowed. Read the outputs themselves too.
 REFUSAL = re.compile(
@@ -389,6 +421,7 @@ def gold_command(
         gold = {}
         for name in sorted({GOLD, *golds.values()}):
             gold[name] = score_outputs(folder / "scores" / f"{name}.jsonl", outputs, name, judges, server, threads)
+        fluent = fluency(run, policies, outputs, server, threads)
 
     curves: dict[str, list[dict[str, Any]]] = {}
     for name, policy in policies.items():
@@ -404,11 +437,17 @@ def gold_command(
             point["tokens"] = fmean(r["tokens"] for r in rows)
             point["unfinished"] = fmean(not r["finished"] for r in rows)
             point["refusal"] = fmean(refuses(r["output"]) for r in rows)
+            known = [value for r in rows if (value := fluent[r["id"]]) is not None]
+            point["fluency"] = fmean(known) if known else None
+            point["overlap"] = overlap([r["output"] for r in rows])
             curves[name].append(point)
     annotate.write_json(folder / "gold.json", {"curves": curves, "judges": {n: p["judge"] for n, p in policies.items()}})
     print(table(
-        ["policy against", "step", "own judge", "gold", "tokens", "unfinished", "refusal", "unusable (own, gold)"],
-        [[n, p["step"], p["own"], p["gold"], p["tokens"], p["unfinished"], p["refusal"], f"{p['own_unusable']}, {p['gold_unusable']}"] for n in curves for p in curves[n]],
+        ["policy against", "step", "own judge", "gold", "fluency", "overlap", "tokens", "unfinished", "refusal", "unusable (own, gold)"],
+        [
+            [n, *(p[key] for key in ("step", "own", "gold", "fluency", "overlap", "tokens", "unfinished", "refusal")), f"{p['own_unusable']}, {p['gold_unusable']}"]
+            for n in curves for p in curves[n]
+        ],
     ))  # fmt: skip
     draw_curves(curves, {n: p["judge"] for n, p in policies.items()}, folder / "gold.png")
     print(f"picture: {folder / 'gold.png'}")
@@ -421,15 +460,16 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        3, len(curves), figsize=(4.6 * len(curves), 5.2), height_ratios=(4, 1, 1), sharex="col", sharey="row", squeeze=False, layout="constrained"
+        4, len(curves), figsize=(4.6 * len(curves), 6), height_ratios=(4, 1, 1, 1), sharex="col", sharey="row", squeeze=False, layout="constrained"
     )  # fmt: skip
-    for (axis, length, refusal), (name, points) in zip(axes.T, curves.items()):
+    for (axis, fluent, length, refusal), (name, points) in zip(axes.T, curves.items()):
         steps = [p["step"] for p in points]
         for key, text, colour in (("own", f"its judge ({judges[name]})", "tab:orange"), ("gold", "gold judge", "tab:blue")):
             known = [p for p in points if p[key] is not None]
             axis.plot([p["step"] for p in known], [p[key] for p in known], "o-", ms=4, color=colour, label=text)
             low, high = [p[f"{key}_interval"][0] for p in known], [p[f"{key}_interval"][1] for p in known]
             axis.fill_between([p["step"] for p in known], low, high, color=colour, alpha=0.15, lw=0)
+        fluent.plot(*zip(*((p["step"], p["fluency"]) for p in points if p["fluency"] is not None)), "o-", ms=3, color="tab:purple")
         length.plot(steps, [p["tokens"] for p in points], "o-", ms=3, color="tab:green")
         refusal.plot(steps, [100 * p["refusal"] for p in points], "o-", ms=3, color="tab:red")
         axis.set(title=f"policy trained against: {name}", ylim=(0, 9.3), yticks=range(10))
@@ -437,12 +477,95 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
         refusal.set(xlabel="training step", ylim=(-5, 105), yticks=(0, 50, 100))
         if len(steps) <= 12:
             refusal.set(xticks=steps)
-        for panel in (axis, length, refusal):
+        for panel in (axis, fluent, length, refusal):
             panel.grid(alpha=0.3)
         axis.legend(loc="lower right", fontsize=8)
-    for panel, text in zip(axes[:, 0], ("mean score on held-out instructions (0-9)", "tokens", "refusals, %")):
+    for panel, text in zip(axes[:, 0], ("mean score on held-out instructions (0-9)", "fluency", "tokens", "refusals, %")):
         panel.set_ylabel(text, fontsize=9)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# study: several runs, say seeds, side by side
+# ---------------------------------------------------------------------------------------------
+
+MEASURES = ("own", "gold", "fluency", "overlap")
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean of a few runs, and the least and the greatest: three runs are too few for an interval."""
+    text = f"{fmean(values):.{digits}f}"
+    return f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else text
+
+
+@app.command("study")
+def study_command(study: Path = typer.Option(..., "--study", help="A folder of runs, say of one seed each: runs/study.")) -> None:
+    """Agreement and over-optimisation curves of several runs side by side, mean and spread."""
+    runs = {path.name: path / "evaluation" for path in sorted(study.glob("*")) if (path / "annotations").is_dir()}
+    known = {name: folder for name, folder in runs.items() if (folder / "judges.json").exists() and (folder / "gold.json").exists()}
+    if not known:
+        annotate.fail(f"{study} has no evaluated run. Run this first: python 04_evaluate.py judges --run {study}/NAME, and gold")
+    print(f"runs: {', '.join(known)}" + "".join(f"; {name} is not evaluated yet" for name in runs.keys() - known.keys()))
+    judges: dict[str, dict[str, Any]] = {}
+    curves: dict[str, dict[str, Any]] = {}
+    for run, folder in known.items():
+        for name, score in annotate.read_json(folder / "judges.json", []).items():
+            judges.setdefault(name, {})[run] = score
+        for name, points in annotate.read_json(folder / "gold.json", ["curves"])["curves"].items():
+            curves.setdefault(name, {})[run] = [{**dict.fromkeys(MEASURES), **point} for point in points]
+    annotate.write_json(study / "study.json", {"judges": judges, "curves": curves})
+
+    def row(name: str, scores: dict[str, Any]) -> list[Any]:
+        measure = "accuracy" if "accuracy" in next(iter(scores.values())) else "alpha"
+        each = [" / ".join(f"{score[key]:.1f}" for score in scores.values()) for key in (measure, "invalid", "thinking_tokens")]
+        return [name, measure, f"{fmean(s[measure] for s in scores.values()):.1f}", *each]
+
+    print(table(["judge", "", "mean", "each run", "unusable %", "thinking tokens"], [row(*item) for item in judges.items()]) + "\n")
+
+    def change(points: Iterable[list[dict[str, Any]]], key: str) -> str:
+        ends = [(p[0][key], p[-1][key]) for p in points if p[0][key] is not None and p[-1][key] is not None]
+        return f"{fmean(a for a, _ in ends):.2f} {spread([b - a for a, b in ends], 2)}" if ends else "none"
+
+    print("policies, first to last step: at first, then the change with its least and greatest over runs")
+    print(table(
+        ["policy against", "runs", "steps", *MEASURES],
+        [[name, len(by_run), max(p[-1]["step"] for p in by_run.values()), *(change(by_run.values(), key) for key in MEASURES)] for name, by_run in curves.items()],
+    ))  # fmt: skip
+    draw_study(curves, study / "study.png")
+    print(f"picture: {study / 'study.png'}")
+
+
+def draw_study(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """A column for each judge to please: own and gold score above, fluency and overlap below; thin: one run, thick: their mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"own": "tab:orange", "gold": "tab:blue", "fluency": "tab:purple", "overlap": "tab:brown"}
+    texts = {"own": "its own judge", "gold": "gold judge"}
+    figure, axes = plt.subplots(
+        3, len(curves), figsize=(3.4 * len(curves), 6), height_ratios=(4, 1.3, 1.3), sharex="col", sharey="row", squeeze=False, layout="constrained"
+    )  # fmt: skip
+    for column, (name, by_run) in zip(axes.T, curves.items()):
+        for axis, keys in zip(column, (("own", "gold"), ("fluency",), ("overlap",))):
+            for key in keys:
+                scores: dict[int, list[float]] = {}
+                for points in by_run.values():
+                    known = [(p["step"], p[key]) for p in points if p[key] is not None]
+                    axis.plot(*zip(*known), color=colours[key], lw=0.8, alpha=0.5)
+                    for step, value in known:
+                        scores.setdefault(step, []).append(value)
+                means = [(step, fmean(values)) for step, values in sorted(scores.items()) if len(values) == len(by_run)]
+                axis.plot(*zip(*means), "o-", color=colours[key], lw=2.2, ms=4, label=texts.get(key))
+            axis.grid(alpha=0.3)
+        column[0].set(title=name, ylim=(0, 9.3), yticks=range(10))
+        column[0].legend(loc="lower right", fontsize=8)
+        column[-1].set(xlabel="training step")
+    for axis, text in zip(axes[:, 0], ("mean score on held-out instructions (0-9)", "fluency", "overlap")):
+        axis.set_ylabel(text, fontsize=9)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

@@ -83,7 +83,9 @@ def test_results_have_their_form(finished: Any) -> None:
     curves = json.loads((RUN / "evaluation/gold.json").read_text())["curves"]
     assert curves["direct-pairwise"][0]["own"] == curves["direct-pairwise"][0]["gold"] == 4.5, "the baseline against itself"
     assert [p["step"] for p in curves["direct"]] == [0, 1, 2]
-    assert curves["direct"][0]["gold"] == curves["reasoning"][0]["gold"], "both policies start at the same base model"
+    for key in ("gold", "fluency", "overlap"):
+        assert curves["direct"][0][key] == curves["reasoning"][0][key], "both policies start at the same base model"
+    assert all(p["fluency"] < 0 < p["overlap"] < 1 for points in curves.values() for p in points)
     transfer = json.loads((RUN / "attacks/transfer.json").read_text())
     assert set(transfer["direct"]) == {"gold", *judges}
     gold = transfer["direct"]["gold"]

@@ -67,6 +67,23 @@ def test_temperature_is_part_of_the_logprobs(server: Any, tokenizer: Any) -> Non
     assert (trainer_logprobs(model, prompt, [sample], 1.0) - sampled).abs().max() > 1e-2
 
 
+def test_fluency_is_the_base_models_logprob(server: Any, tokenizer: Any) -> None:
+    """The mean log-probability of the output's tokens, at temperature 1, by an independent forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    evaluate = import_module("04_evaluate")
+    row = {"instruction": INSTRUCTION, "output": "The soft rain fell.", "finished": True}
+    found = evaluate.measure_fluency(server, tokenizer, row)["fluency"]
+    prompt = annotate.policy_prompt(tokenizer, INSTRUCTION)
+    ids = torch.tensor([prompt + tokenizer.encode("The soft rain fell.<|im_end|>")])
+    with torch.no_grad():
+        logprobs = AutoModelForCausalLM.from_pretrained(annotate.LAPTOP_MODEL, dtype=torch.float32)(ids).logits[0, :-1].log_softmax(-1)
+    behind = logprobs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+    assert found == pytest.approx(behind.mean().item(), abs=1e-3)
+    assert evaluate.measure_fluency(server, tokenizer, {**row, "output": "Rain the fell soft."})["fluency"] < found
+    assert evaluate.measure_fluency(server, tokenizer, {**row, "output": "", "finished": False})["fluency"] is None
+
+
 def test_the_stop_token_is_part_of_the_rollout(server: Any, tokenizer: Any) -> None:
     prompt = annotate.policy_prompt(tokenizer, "Say only: yes")
     sample = next(s for s in server.sample(prompt, n=8, temperature=0.7, max_tokens=64) if s.finished)
