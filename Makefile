@@ -59,6 +59,7 @@ LONG := --steps 24 --checkpoint-every 6
 study: setup
 	for seed in $(SEEDS); do $(MAKE) --no-print-directory study-main SEED=$$seed || exit 1; done
 	for seed in $(SEEDS); do $(MAKE) --no-print-directory study-more SEED=$$seed || exit 1; done
+	$(STAGE) 04_evaluate.py study --study $(STUDY)
 
 ONE = --preset $(PRESET) --run $(STUDY)/seed-$(SEED)
 study-main:
