@@ -347,3 +347,23 @@ def test_lift_is_paired_and_skips_the_unusable() -> None:
     attacks = import_module("05_attack_analysis")
     got = attacks.lifts({"a": 9.0, "b": 5.0, "c": None, "d": 1.0}, {"a": 4.0, "b": 4.0, "c": 3.0, "d": None})
     assert (got["lift"], got["base"], got["final"], got["n"], got["unusable"]) == (3.0, 4.0, 7.0, 2, 2)
+
+
+@pytest.mark.parametrize("shape", ["smollm2-135m", "qwen3-4b", "qwen3-8b"])
+def test_cost_formula_counts_every_weight(shape: str) -> None:
+    """Against the library's own model of that shape, without memory: weights to 0.1 % (the norms), adapter exactly."""
+    import bench_sft
+    import peft
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    hidden, inner, layers, heads, kv, width, vocabulary, tied = bench_sft.SHAPES[shape]
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, head_dim=width, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        base = Qwen3ForCausalLM(config)
+        parts = bench_sft.memory(shape, 1)
+        assert parts["weights"] == pytest.approx(2 * sum(p.numel() for p in base.parameters()), rel=1e-3)
+        model = peft.get_peft_model(base, peft.LoraConfig(r=bench_sft.RANK, target_modules=list(sft.LINEAR)))
+    assert parts["adapter"] == 16 * sum(p.numel() for p in sft.trainable(model))
