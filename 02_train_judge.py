@@ -621,13 +621,20 @@ DESCRIBES = ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", 
 VARIANTS = ("effort", "rubrics", "pairwise")  # the same, where a judge has them
 
 
+def merit(scores: dict[str, float]) -> float:
+    """What an epoch is chosen by: alpha of the expected score (or accuracy, in pairs) times the share of usable judgements.
+
+    The expected score, because it rewards the policies. The most likely digit can agree with gold while
+    the distribution behind it is almost flat: such a judge rewards every rollout alike.
+    """
+    value = scores.get("accuracy", scores.get("alpha_expected", math.nan)) * (1 - scores["invalid"] / 100)
+    return -math.inf if math.isnan(value) else value
+
+
 def choose_epoch(
     options: dict[str, Any], run: Path, folder: Path, tokenizer: Any, rows: Sequence[dict[str, Any]]
 ) -> None:
-    """Judge the validation outputs with each epoch's adapter; the best one becomes the judge.
-
-    Best: the highest alpha (or accuracy) times the share of usable judgements.
-    """
+    """Judge the validation outputs with each epoch's adapter; the one of most `merit` becomes the judge."""
     scores = {}
     with serve_judges(options, run) as endpoint:
         for epoch in range(1, options["epochs"] + 1):
@@ -638,11 +645,7 @@ def choose_epoch(
             print(f"epoch {epoch}: {describe(scores[epoch])}")
             endpoint.unload_adapter(f"epoch-{epoch}")
 
-    def merit(epoch: int) -> float:
-        value = scores[epoch]["accuracy" if options.get("pairwise") else "alpha"] * (1 - scores[epoch]["invalid"] / 100)
-        return -math.inf if math.isnan(value) else value
-
-    best = max(scores, key=merit)
+    best = max(scores, key=lambda epoch: merit(scores[epoch]))
     kept = {key: options[key] for key in (*DESCRIBES, *VARIANTS) if key in options}
     annotate.write_json(folder / "judge.json", {**kept, "epoch": best, "adapter": f"epoch-{best}", "validation": scores[best]})
 

@@ -349,6 +349,20 @@ def test_lift_is_paired_and_skips_the_unusable() -> None:
     assert (got["lift"], got["base"], got["final"], got["n"], got["unusable"]) == (3.0, 4.0, 7.0, 2, 2)
 
 
+def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
+    """Right digits from an almost flat distribution teach a policy nothing; unusable judgements cost."""
+
+    def judged(expected: list[float | None]) -> dict[str, float]:
+        rows = [{"gold": g, "label": None if e is None else g, "expected": e, "thinking_tokens": 0} for g, e in zip((1, 5, 9), expected)]
+        return sft.agreement(rows)
+
+    flat, sharp, broken = judged([4.4, 4.5, 4.6]), judged([2.0, 5.0, 8.0]), judged([2.0, None, 8.0])
+    assert flat["alpha"] == sharp["alpha"] == 100 and flat["alpha_expected"] < sharp["alpha_expected"]
+    assert sft.merit(flat) < sft.merit(broken) < sft.merit(sharp)
+    assert sft.merit(judged([None] * 3)) == -math.inf
+    assert sft.merit({"accuracy": 90.0, "invalid": 10.0}) == pytest.approx(81.0)
+
+
 @pytest.mark.parametrize("shape", ["smollm2-135m", "qwen3-4b", "qwen3-8b"])
 def test_cost_formula_counts_every_weight(shape: str) -> None:
     """Against the library's own model of that shape, without memory: weights to 0.1 % (the norms), adapter exactly."""
