@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -244,8 +245,36 @@ def train_only(shape: str, o: dict[str, Any], peak_flops: float) -> dict[str, An
     }  # fmt: skip
 
 
+def judging(endpoint: Any, model: str, kind: str, group: int) -> dict[str, Any]:
+    """Seconds and calls in which the untrained base model judges one group of outputs, as stage 3 asks it."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    pointwise = annotate.Judge(endpoint, annotate.load_tokenizer(model), None, reasoning=False, max_prompt=400)
+    pairwise = replace(pointwise, pairwise=True)
+    calls = itertools.count()
+
+    def alone(row: dict[str, Any], sample: str) -> tuple[float | None, dict[str, Any]]:
+        next(calls)
+        return annotate.ask_judge(pointwise, row["instruction"], sample).expected, {}
+
+    def wins(row: dict[str, Any], first: str, second: str) -> float | None:
+        next(calls)
+        verdict = annotate.ask_judge(pairwise, row["instruction"], first, second)
+        return verdict.probabilities[0] if verdict.label else None
+
+    (row,) = [{"instruction": text} for text in instructions(1)]
+    samples: list[Any] = [Future() for _ in range(group)]
+    for number, sample in enumerate(samples):
+        sample.set_result(f"Sentence {number} of {group} is about something else, {secrets.token_hex(4)}.")
+    rewards = rl.one_by_one(alone) if kind == "pointwise" else rl.against_each_other(wins, group, 4 if "4" in kind else 0, False)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1024) as pool:
+        rewards(row, samples, pool)
+    return {"judge": kind, "group": group, "calls": next(calls), "seconds": time.perf_counter() - began}
+
+
 def growth(o: dict[str, Any], picture: Path) -> list[dict[str, Any]]:
-    """Step time while one of prompts, completion length and group size doubles; the others stay."""
+    """Step time while one of prompts, completion length and group size doubles; the others stay. Then judging alone, by group size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -253,7 +282,7 @@ def growth(o: dict[str, Any], picture: Path) -> list[dict[str, Any]]:
 
     rows = []
     series = {"prompts": [2, 4, 8, 16], "tokens": [16, 32, 64, 128], "group": [3, 6, 12, 24]}
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     with tempfile.TemporaryDirectory() as folder, annotate.serve(
         o["model"], Path(folder), max_len=512, lora_rank=16, max_loras=2, lora_modules=sft.ATTENTION
     ) as endpoint:  # fmt: skip
@@ -265,8 +294,18 @@ def growth(o: dict[str, Any], picture: Path) -> list[dict[str, Any]]:
             axis.set_xticks(values, [str(v) for v in values])
             axis.grid(alpha=0.3)
             rows += mine
+        judging(endpoint, o["model"], "pointwise", 4)  # warm
+        sizes = [4, 8, 16, 32]
+        for kind, style in (("pointwise", "o-"), ("pairwise, 4 opponents", "s--"), ("pairwise, all", "^:")):
+            mine = [judging(endpoint, o["model"], kind, size) for size in sizes]
+            axes[3].plot(sizes, [r["seconds"] for r in mine], style, label=kind)
+            rows += mine
+        axes[3].set(xlabel="rollouts a prompt: judging one group", xscale="log", yscale="log")
+        axes[3].set_xticks(sizes, [str(size) for size in sizes])
+        axes[3].grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
-    axes[0].legend()
+    for axis in axes[::3]:
+        axis.legend(fontsize=8)
     figure.savefig(picture, dpi=150)
     return rows
 
