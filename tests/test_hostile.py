@@ -108,7 +108,7 @@ def test_a_megabyte_of_one_character(tokenizer: Any, character: str) -> None:
 class Says:
     """An endpoint whose judge thinks `thinking` and then gives the digit `label` with probability 0.9."""
 
-    def __init__(self, tokenizer: Any, thinking: str, label: int):
+    def __init__(self, tokenizer: Any, thinking: str, label: int) -> None:
         self.tokenizer, self.thinking, self.label, self.asked, self.model, self.about = tokenizer, thinking, label, [], "m", "a test"
         self.client = SimpleNamespace(completions=SimpleNamespace(create=self.create))
         self.errors = lambda: annotate.contextlib.nullcontext()
@@ -138,6 +138,19 @@ def test_the_label_is_read_from_the_judges_own_place(tokenizer: Any, output: str
     direct = Says(tokenizer, "", label)
     assert annotate.ask_judge(annotate.Judge(direct, tokenizer, None, reasoning=False), ASKED, output).label == label
     assert direct.asked[0] == annotate.judge_prompt(tokenizer, annotate.judge_messages(ASKED, output), reasoning=False)
+
+
+def test_the_expected_score_is_the_mean_over_the_ten_labels(tokenizer: Any) -> None:
+    """Labels with probability 1/55, 2/55, … 10/55: the most probable is 9, the mean 6, whatever rounding added to each."""
+
+    class Uneven(Says):
+        def create(self, prompt: list[int], **settings: Any) -> Any:
+            top = {f"token_id:{i}": math.log(1.0005 * (n + 1) / 55) for n, i in enumerate(annotate.label_token_ids(self.tokenizer))}
+            return SimpleNamespace(choices=[SimpleNamespace(logprobs=SimpleNamespace(top_logprobs=[top]))])
+
+    verdict = annotate.ask_judge(annotate.Judge(Uneven(tokenizer, "", 0), tokenizer, None, reasoning=False), ASKED, "Rain falls.")
+    assert verdict.label == 9 and verdict.expected == pytest.approx(6)
+    assert verdict.probabilities == pytest.approx([(n + 1) / 55 for n in range(10)])
 
 
 @given(hostile)
