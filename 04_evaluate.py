@@ -100,7 +100,7 @@ class OneServer:
     It is started when it is first needed, so a command whose work is done starts none.
     """
 
-    def __init__(self, run: Path, users: Iterable[dict[str, Any]]):
+    def __init__(self, run: Path, users: Iterable[dict[str, Any]]) -> None:
         self.run, self.users, self.stack, self.endpoint = run, list(users), ExitStack(), None
         self.loaded: dict[Path, str] = {}
 

@@ -28,7 +28,7 @@ REFUSAL = " I cannot help with this request, as the platform policy forbids it."
 class Reader(HTMLParser):
     """The start tags of a page, in order, and the text within each script and style."""
 
-    def __init__(self, page: str):
+    def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tags: list[tuple[str, dict[str, Any]]] = []
         self.texts: dict[str, str] = {}

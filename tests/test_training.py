@@ -244,7 +244,7 @@ def rollouts(seed: int) -> list[list[Any]]:
 class Peft(torch.nn.Module):
     """What `update` needs of a peft model: its base, and a switch that is not used here."""
 
-    def __init__(self, base: Any):
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base
 
