@@ -108,11 +108,23 @@ def test_paths_and_links_of_the_readme_are_alive() -> None:
 
 def test_names_in_the_readme_are_defined_where_it_says() -> None:
     named = [(name, script) for name, script in re.findall(r"`([A-Za-z_]+)` in\s+`(0\d_\w+\.py)`", README)]
-    for script, text in re.findall(r"^- `(0\d_\w+\.py)`:(.+?)(?=^- |^$)", README, re.MULTILINE | re.DOTALL):
-        named += [(name, script) for name in re.findall(r"`([a-z_]+)`", text)]
-    assert len(named) > 15
+    assert len(named) > 8
     for name, script in named:
         assert hasattr(import_module(Path(script).stem), name), f"{name} in {script}"
+
+
+def test_functions_commands_and_fields_of_the_stages_exist() -> None:
+    """The numbered list: a name is of that stage or an earlier one; a field of the metrics is written by it."""
+    stages = re.findall(r"^(\d)\. \*\*(.+?)(?=^\d\. \*\*|^$)", README, re.MULTILINE | re.DOTALL)
+    assert [number for number, _ in stages] == list("12345")
+    scripts = sorted(ROOT.glob("0*.py"))
+    for number, text in stages:
+        names = re.findall(r"`([a-z_]+)`", text)
+        assert len(names) > 1 or number == "4"
+        for name in names:
+            known = any(hasattr(import_module(script.stem), name) for script in scripts[: int(number)])
+            command = (scripts[int(number) - 1].name, name) in COMMANDS
+            assert known or command or f'"{name}": ' in scripts[int(number) - 1].read_text(), f"{name} of stage {number}"
 
 
 def test_tests_named_in_the_readme_exist() -> None:
