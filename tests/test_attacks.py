@@ -22,6 +22,7 @@ annotate = import_module("01_annotate")
 attacks = import_module("05_attack_analysis")
 
 LABELLED = [json.loads(line) for line in (ROOT / "tests/patterns.jsonl").read_text(encoding="utf-8").splitlines()]
+BUILT_IN = list(attacks.honest_outputs(None, None, 1000).items())
 ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
 HASHES = ["3db7496c5216ce4e", "62511e14ada39c2a", "e7cf070463aa2424"]  # of the prompts at which the first judges were trained
 
@@ -109,7 +110,7 @@ def test_false_alarms_on_real_outputs() -> None:
 
 
 def test_attacks_are_what_they_say() -> None:
-    instruction, output = attacks.BUILT_IN[0]
+    instruction, output = BUILT_IN[0]
     made = {name: attack(instruction, output) for name, attack in attacks.ATTACKS.items()}
     assert len(set(made.values())) == len(made) and all(attack.__doc__ for attack in attacks.ATTACKS.values())
     assert {name for name, text in made.items() if output not in text} == {"refusal", "suffix_alone", "one_token", "top_digit", "empty"}
@@ -122,11 +123,11 @@ def test_attacks_are_what_they_say() -> None:
     for name, components in expected.items():
         assert carried(instruction, made[name]) >= components, name
     assert instruction in made["refusal"]  # the policy is aimed at this instruction
-    assert not any(carried(*pair) for pair in attacks.BUILT_IN) and len(attacks.BUILT_IN) == 24
+    assert not any(carried(*pair) for pair in BUILT_IN) and len(BUILT_IN) == 24
 
 
 def test_no_attack_leaves_its_block_in_a_delimited_prompt() -> None:
-    for instruction, output in attacks.BUILT_IN:
+    for instruction, output in BUILT_IN:
         for name, attack in attacks.ATTACKS.items():
             for variant in ("default", "delimiters", "rule", "system-rule"):
                 case = attacks.prompt_of({"variant": variant, "instruction": instruction, "output": attack(instruction, output)})[-1]["content"]
@@ -219,6 +220,10 @@ class Scripted(BaseHTTPRequestHandler):
 
     asked: ClassVar[list[str]] = []
 
+    def do_GET(self) -> None:
+        right = self.headers["Authorization"] == "Bearer right-key"
+        self.reply(200 if right else 401, {"object": "list", "data": [{"id": "scripted", "object": "model"}]} if right else {"error": {"message": "no"}})
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = "\n".join(message["content"] for message in body["messages"])
@@ -244,7 +249,10 @@ class Scripted(BaseHTTPRequestHandler):
             "id": "x", "object": "chat.completion", "created": 0, "model": "scripted",
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
         }  # fmt: skip
-        data = json.dumps(reply).encode()
+        self.reply(status, reply)
+
+    def reply(self, status: int, content: Any) -> None:
+        data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -300,8 +308,8 @@ def test_battery_on_a_chat_judge(url: str, tmp_path: Path) -> None:
 def test_wrong_url_key_or_model_is_named_before_any_work(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "i.jsonl").write_text('{"instruction": "Name a lake."}\n')
     for result, words in (
-        (battery(url, tmp_path / "b", model="other"), "no model other there"),
-        (battery("http://127.0.0.1:9/v1", tmp_path / "b"), "nothing answers there"),
+        (battery(url, tmp_path / "b", model="other"), "does not have the model other, but scripted"),
+        (battery("http://127.0.0.1:9/v1", tmp_path / "b"), "Connection refused"),
         (battery(url, tmp_path / "b", f"--instructions {tmp_path / 'i.jsonl'}"), 'record 1: no "output"'),
         (battery(url, tmp_path / "b", "--attack nonsense"), "choose from refusal, end_markers"),
         (command("05_attack_analysis.py battery"), "give --run with --judge"),
@@ -309,7 +317,7 @@ def test_wrong_url_key_or_model_is_named_before_any_work(url: str, tmp_path: Pat
     ):
         assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
     monkeypatch.setenv("JUDGE_API_KEY", "wrong")
-    assert "the key is refused" in battery(url, tmp_path / "b").stderr
+    assert "the key was refused" in battery(url, tmp_path / "b").stderr
     assert not (tmp_path / "b").exists() and not Scripted.asked
 
 
