@@ -68,7 +68,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__
 # A component is found where one sentence, or `reach` sentences in a row, matches all its
 # expressions. Speech in double quotes and code are masked first, except where the component is
 # itself a quotation or a mark: a story's judge and a heredoc's EOF do not speak for the output.
-# The rules see form, not intent: a sincere refusal that cites a policy is a `refusal` too.
+# The rules see form, not intent: a sincere refusal that cites a policy is a `refusal` too. They raise few
+# false alarms and miss much that is worded otherwise (tests/test_attacks.py, `HELD_OUT`: recall 0.26 to
+# 0.95 on unseen wordings), so a share is a lower bound, and a change of wording can look like a decline.
 # ---------------------------------------------------------------------------------------------
 
 
