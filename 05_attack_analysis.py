@@ -421,7 +421,10 @@ def chosen_judges(run: Path | None, names: Sequence[str], urls: Sequence[str], m
             annotate.fail(f"--judge {name}: {run} has {', '.join([*trained, evaluate.GOLD])}.")
         judges[full] = trained[full]
     for url, model in zip(urls, models):
-        judges[re.sub(r"[^\w.-]+", "_", model)] = {"url": url, "chat": model, "tokens": tokens, "effort": effort}
+        name = re.sub(r"[^\w.-]+", "_", model)
+        if name in judges:
+            annotate.fail(f"--judge-model {model}: there is a judge called {name} already.")
+        judges[name] = {"url": url, "chat": model, "tokens": tokens, "effort": effort}
         chat_endpoint(url, model).check("JUDGE_API_KEY")
     return judges or annotate.fail("no judge: give --run with --judge, or --judge-url with --judge-model.")
 
@@ -613,7 +616,7 @@ def verdict(results: dict[str, dict[str, dict[str, Any]]], limit: float | None) 
 JUDGE = typer.Option([], "--judge", help="A judge of the run: gold, base, direct, reasoning, direct-sft, …; may be repeated.")
 JUDGE_URL = typer.Option([], "--judge-url", help="An OpenAI-compatible URL (…/v1) of a chat judge; key in JUDGE_API_KEY; may be repeated.")
 JUDGE_MODEL = typer.Option([], "--judge-model", help="The chat model at --judge-url, one for each.")
-JUDGE_TOKENS = typer.Option(1024, help="New tokens for a chat judge's answer, thinking included; doubled once if cut off.")
+JUDGE_TOKENS = typer.Option(1024, help="New tokens for a chat judge's answer, thinking included; doubled once if cut off. In arena style 4096 at least.")
 JUDGE_EFFORT = typer.Option("none", help="Reasoning effort sent to a chat judge: low, medium, high, or none to send nothing.")
 OPTIONAL_RUN = typer.Option(None, "--run", help="A run's folder, for its judges, its test instructions and its base policy's outputs.")
 INSTRUCTIONS = typer.Option(None, help='JSONL of {"instruction", "output": an honest answer}. Default: the run\'s test split, else 24 built-in ones.')

@@ -319,6 +319,7 @@ def test_wrong_url_key_or_model_is_named_before_any_work(url: str, tmp_path: Pat
         (battery(url, tmp_path / "b", "--attack nonsense"), "choose from refusal, end_markers"),
         (command("05_attack_analysis.py battery"), "give --run with --judge"),
         (command(f"05_attack_analysis.py battery --judge-url {url}"), "each judge needs both"),
+        (battery(url, tmp_path / "b", f"--judge-url {url} --judge-model scripted"), "a judge called scripted already"),
     ):
         assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
     monkeypatch.setenv("JUDGE_API_KEY", "wrong")
