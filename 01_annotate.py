@@ -731,7 +731,7 @@ class Endpoint:
             except (openai.AuthenticationError, openai.PermissionDeniedError):
                 fail(f"{self.about}: the key was refused. Set the right one in the environment: {variable}.")
             except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
-                fail(f"{self.about}: {server.url}/models gives no list of models ({' '.join(str(error).split())[:200]}). Is the URL right?")
+                fail(f"{self.about}: {server.url}/models gives no list of models ({' '.join(str(error.__cause__ or error).split())[:200]}). Is the URL right? It usually ends in /v1.")
             if not any(name.endswith(self.model) for name in served):  # some servers list models as `models/NAME`
                 fail(f"{self.about}: it does not have the model {self.model}, but {', '.join(served[:8])}.")
 

@@ -40,7 +40,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -149,16 +149,18 @@ def missing(path: Path, ids: Iterable[str]) -> bool:
 
 
 def score_outputs(
-    path: Path, outputs: Sequence[dict[str, Any]], name: str, judges: dict[str, Any], server: OneServer, threads: int
+    path: Path, outputs: Sequence[dict[str, Any]], name: str, judges: dict[str, Any], server: OneServer, threads: int,
+    baseline: dict[str, str] | None = None,
 ) -> dict[str, float | None]:
     """id -> score of `outputs` by the judge `name` (gold: its label; others: the expected score).
 
-    A pairwise judge compares them with a fixed baseline, the untrained base model's outputs. Its score
-    is 9 times the probability that the output is better: on the same scale, and 4.5 for the baseline.
+    A pairwise judge compares them with a fixed `baseline` (instruction -> output), else the untrained base
+    model's outputs. Its score is 9 times the probability that the output is better: on the same scale,
+    and 4.5 for the baseline.
     """
     tasks = {row["id"]: row for row in outputs}
     pairwise = name == PAIRWISE_GOLD or is_pairwise(judges.get(name, {}))
-    baseline = baseline_outputs(server.run) if pairwise else {}
+    baseline = baseline or (baseline_outputs(server.run) if pairwise else {})
 
     def score(grade: Any, row: dict[str, Any]) -> dict[str, Any]:
         if not pairwise:
@@ -208,14 +210,19 @@ def compare(grade: Any, row: dict[str, Any], baseline: str) -> dict[str, Any]:
     return {**verdict, "swapped": swapped, "expected": None if first is None else 9 * (1 - first if swapped else first)}
 
 
-def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the mean of `values`; None without values."""
+def bootstrap(
+    values: Sequence[Any], level: float = 0.95, draws: int = 2000, seed: int = 0, of: Callable[[Sequence[Any]], float | None] = fmean
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the mean (or another measure, `of`) of `values`; None without values.
+
+    Draws of which there is no measure are left out.
+    """
     if not values:
         return None
     rng = random.Random(seed)
-    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(draws))
+    found = sorted(m for _ in range(draws) if (m := of(rng.choices(values, k=len(values)))) is not None)
     tail = (1 - level) / 2
-    return means[int(tail * draws)], means[int((1 - tail) * draws) - 1]
+    return (found[int(tail * len(found))], found[int((1 - tail) * len(found)) - 1]) if found else None
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
