@@ -245,7 +245,7 @@ def scan_jsonl(path: Path, needs: Iterable[str] = (), mend: bool = True) -> Iter
 
     A last line without its newline is what a killed writer leaves behind: it is cut off and the
     record is made again. Without `mend` the file is not ours to change: such a line counts if it is
-    whole. Any other damage, a record without the fields `needs` or with one of a wrong type
+    whole, and empty lines are passed over. Any other damage, a record without the fields `needs` or with one of a wrong type
     (`FIELDS`), and an id that comes twice, end the command with file and line.
     """
     if not path.exists():
@@ -257,6 +257,9 @@ def scan_jsonl(path: Path, needs: Iterable[str] = (), mend: bool = True) -> Iter
     place, lines = 0, {}
     with file:
         for number, line in enumerate(file, 1):
+            if not mend and not line.strip():
+                place += len(line)
+                continue
             whole = line.endswith(b"\n")
             if mend and not whole:
                 print(f"{path}: removed a half-written last line ({len(line)} bytes)")

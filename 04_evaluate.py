@@ -596,18 +596,7 @@ def read_benchmark(path: Path, needs: Sequence[str]) -> list[dict[str, Any]]:
     """The records of a benchmark's JSONL file; unlike `read_jsonl` this never changes the file."""
     if not path.exists():
         annotate.fail(f"{path} is missing. Give a folder of the benchmark's own layout (question.jsonl, model_answer/, model_judgment/JUDGE/).")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            annotate.fail(f"{path}, line {number}: not JSON ({error}). Remove or mend the line.")
-        if not isinstance(record, dict) or any(key not in record for key in needs):
-            annotate.fail(f"{path}, line {number}: not a record with the fields {', '.join(needs)}.")
-        records.append(record)
-    return records
+    return [record for _, record in annotate.scan_jsonl(path, needs, mend=False)]
 
 
 def read_judgments(data: Path, judge: str | None, category: str) -> list[dict[str, Any]]:
@@ -1049,7 +1038,7 @@ def publish(
     annotate.write_jsonl(folder / "model_judgment" / judge / f"{label}.jsonl", rows.values())
 
 
-def show_plan(
+def show_arena_plan(
     questions: Sequence[dict[str, Any]], answers: dict[str, str], baselines: dict[str, Any], done: set[str], rules: dict[str, str],
     judge: str, tokens: int, prices: tuple[float | None, float | None],
 ) -> None:  # fmt: skip
@@ -1113,7 +1102,7 @@ def arena_command(
     judged = {r["id"] for r in annotate.read_jsonl(calls / judge / "games.jsonl", ["id", "error"]) if not r["error"]}
     usual_in, usual_out = PRICES.get(arena_judge, (None, None))
     prices = (usual_in if price_in is None else price_in, usual_out if price_out is None else price_out)
-    show_plan(questions, written, baselines, judged, rules, arena_judge, judge_tokens, prices)
+    show_arena_plan(questions, written, baselines, judged, rules, arena_judge, judge_tokens, prices)
     if plan:
         return
     hosted = not arena_url and "/" not in arena_judge
