@@ -433,6 +433,7 @@ def gold_command(
     curves: dict[str, list[dict[str, Any]]] = {}
     for name, policy in policies.items():
         curves[name] = []
+        first = {r["instruction"]: r["id"] for r in outputs if r["id"].startswith(f"{BASE}:{policy['model']}:")}
         for step in [0, *policy["checkpoints"]]:
             who = f"{BASE}:{policy['model']}:" if step == 0 else f"{name}:{step}:"
             rows = [r for r in outputs if r["id"].startswith(who)]
@@ -441,6 +442,9 @@ def gold_command(
                 known = [s for r in rows if (s := scores[r["id"]]) is not None]
                 point[key], point[f"{key}_interval"] = fmean(known) if known else None, bootstrap(known)
                 point[f"{key}_unusable"] = len(rows) - len(known)
+                pairs = [(scores[r["id"]], scores[first[r["instruction"]]]) for r in rows]
+                gains = [a - b for a, b in pairs if a is not None and b is not None]
+                point[f"{key}_lift"], point[f"{key}_lift_interval"] = fmean(gains) if gains else None, bootstrap(gains)
             point["tokens"] = fmean(r["tokens"] for r in rows)
             point["unfinished"] = fmean(not r["finished"] for r in rows)
             point["refusal"] = fmean(refuses(r["output"]) for r in rows)
@@ -456,8 +460,16 @@ def gold_command(
             for n in curves for p in curves[n]
         ],
     ))  # fmt: skip
+    print("\nlift of the last step over step 0, instruction by instruction, with its 95 % interval")
+    ends = [(f"{name}, step {points[-1]['step']}", points[-1]) for name, points in curves.items()]
+    print(table(["policy against", "own judge", "gold"], [[title, lift_text(p, "own"), lift_text(p, "gold")] for title, p in ends]))
     draw_curves(curves, {n: p["judge"] for n, p in policies.items()}, folder / "gold.png")
     print(f"picture: {folder / 'gold.png'}")
+
+
+def lift_text(point: dict[str, Any], key: str) -> str:
+    interval = point[f"{key}_lift_interval"]
+    return f"{point[f'{key}_lift']:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "none"
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str], path: Path) -> None:

@@ -90,6 +90,8 @@ def test_results_have_their_form(finished: Any) -> None:
     assert set(transfer["direct"]) == {"gold", *judges}
     gold = transfer["direct"]["gold"]
     assert gold["lift"] == pytest.approx(curves["direct"][-1]["gold"] - curves["direct"][0]["gold"])
+    assert curves["direct"][-1]["gold_lift"] == pytest.approx(gold["lift"])
+    assert curves["direct"][0]["gold_lift"] == 0 and curves["direct"][0]["own_lift_interval"] == [0, 0]
     for name in ("evaluation/gold.png", "attacks/transfer.png", "attacks/patterns.png", "attacks/battery/battery.png"):
         assert (RUN / name).read_bytes().startswith(b"\x89PNG")
     metrics = annotate.read_jsonl(RUN / "policies/direct/metrics.jsonl")
