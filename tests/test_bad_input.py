@@ -383,7 +383,7 @@ def test_a_server_that_fails_in_mid_run(server: str, tmp_path: Path, mode: str, 
 def test_signals_end_a_command_at_once(server: str, tmp_path: Path, number: signal.Signals) -> None:
     """Also while all its threads wait for a server; the run goes on later."""
     write(tmp_path, {"pairs.jsonl": pairs(110)})
-    process = annotate_at(f"{server}/40/minute", tmp_path)
+    process = annotate_at(f"{server}/{40 + number}/minute", tmp_path)  # the stub counts by path: each test one of its own
     path = tmp_path / "run/annotations/labels.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < 40:
         assert process.poll() is None
