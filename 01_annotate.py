@@ -245,8 +245,8 @@ def scan_jsonl(path: Path, needs: Iterable[str] = (), mend: bool = True) -> Iter
 
     A last line without its newline is what a killed writer leaves behind: it is cut off and the
     record is made again. Without `mend` the file is not ours to change: such a line counts if it is
-    whole, and empty lines are passed over. Any other damage, a record without the fields `needs` or with one of a wrong type
-    (`FIELDS`), and an id that comes twice, end the command with file and line.
+    whole, and empty lines are passed over. Any other damage, a record without the fields `needs` or
+    with one of a wrong type (`FIELDS`), and an id that comes twice, end the command with file and line.
     """
     if not path.exists():
         return

@@ -364,7 +364,7 @@ def write_outputs(run: Path, policies: dict[str, Any], server: OneServer, thread
 
 
 def fluency(run: Path, policies: dict[str, Any], outputs: Sequence[dict[str, Any]], server: OneServer, threads: int) -> dict[str, float | None]:
-    """id -> mean log-probability of the output's tokens under the policy's untrained base model, asked the same; None if empty.
+    """id -> mean log-probability of the output's tokens under the policy's untrained base model, asked the same; None if empty or too long.
 
     No training saw this measure. It is no judge of quality: read it for outputs that have become odd.
     """
@@ -380,8 +380,12 @@ def fluency(run: Path, policies: dict[str, Any], outputs: Sequence[dict[str, Any
 
 def measure_fluency(endpoint: Any, tokenizer: Any, row: dict[str, Any]) -> dict[str, Any]:
     output = annotate.encode(tokenizer, annotate.defuse(row["output"])) + [tokenizer.eos_token_id] * row["finished"]
-    known = endpoint.logprobs(annotate.policy_prompt(tokenizer, row["instruction"]), output) if output else []
-    return {"fluency": fmean(known) if known else None}
+    if not output:
+        return {"fluency": None, "cause": "empty"}
+    try:
+        return {"fluency": fmean(endpoint.logprobs(annotate.policy_prompt(tokenizer, row["instruction"]), output)), "cause": None}
+    except annotate.TooLong:  # `defuse` may lengthen an output that fills the context
+        return {"fluency": None, "cause": "over the context"}
 
 
 def overlap(outputs: Sequence[str]) -> float | None:
@@ -488,7 +492,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
             axis.plot([p["step"] for p in known], [p[key] for p in known], "o-", ms=4, color=colour, label=text)
             low, high = [p[f"{key}_interval"][0] for p in known], [p[f"{key}_interval"][1] for p in known]
             axis.fill_between([p["step"] for p in known], low, high, color=colour, alpha=0.15, lw=0)
-        fluent.plot(*zip(*((p["step"], p["fluency"]) for p in points if p["fluency"] is not None)), "o-", ms=3, color="tab:purple")
+        fluent.plot(*zip(*((p["step"], p["fluency"]) for p in points if p["fluency"] is not None)), marker="o", ms=3, color="tab:purple")
         length.plot(steps, [p["tokens"] for p in points], "o-", ms=3, color="tab:green")
         refusal.plot(steps, [100 * p["refusal"] for p in points], "o-", ms=3, color="tab:red")
         axis.set(title=f"policy trained against: {name}", ylim=(0, 9.3), yticks=range(10))

@@ -4,6 +4,7 @@ import json
 import shutil
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -63,3 +64,12 @@ def test_overlap_by_hand() -> None:
     assert evaluate.overlap(["a b", "a b", "c d"]) == pytest.approx((1 + 0 + 0) / 3)
     assert evaluate.overlap(["", "."]) == 0.0
     assert evaluate.overlap(["alone"]) is None
+
+
+def test_an_output_over_the_context_has_no_fluency(tokenizer: Any) -> None:
+    class Full:
+        def logprobs(self, *_: list[int]) -> list[float]:
+            raise annotate.TooLong("maximum context length")
+
+    row = {"instruction": "Say yes.", "output": "<|" * 50, "finished": False}
+    assert evaluate.measure_fluency(Full(), tokenizer, row) == {"fluency": None, "cause": "over the context"}
