@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Pack:
 
     ids_S: list[int]
     positions_S: list[int]
-    branches_S: list[int]  # 0 for the prefix
+    branches: list[int]  # where each begins in S; the first is the prefix
     sources_A: list[int]
     targets_A: list[int]
     owners_A: list[int]
@@ -96,14 +97,14 @@ def pack_size(pairs: Sequence[Pair]) -> int:
 
 def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
     prefix = shared_prefix([pairs[i][0] for i in members])
-    result = Pack(list(pairs[members[0]][0][:prefix]), list(range(prefix)), [0] * prefix, [], [], [])
-    for branch, index in enumerate(members, 1):
+    result = Pack(list(pairs[members[0]][0][:prefix]), list(range(prefix)), [0], [], [], [])
+    for index in members:
         prompt, answer = pairs[index]
         start = len(result.ids_S)
         tokens = [*prompt[prefix:], *answer[:-1]]  # nothing follows the last token, so it is not fed
         result.ids_S += tokens
         result.positions_S += range(prefix, prefix + len(tokens))
-        result.branches_S += [branch] * len(tokens)
+        result.branches.append(start)
         first = start + len(prompt) - prefix  # where the answer begins; its predictor is one before
         last_of_prompt = first - 1 if len(prompt) > prefix else prefix - 1
         result.sources_A += [last_of_prompt, *range(first, first + len(answer) - 1)]
@@ -120,17 +121,17 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0, chunk: i
     """
     import torch
     from torch.utils.checkpoint import checkpoint
+    from transformers import AttentionInterface
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = base.device
-    branch = torch.tensor(packed.branches_S, device=device)
-    order = torch.arange(len(branch), device=device)
-    sees_SS = ((branch == 0) | (branch == branch[:, None])) & (order <= order[:, None])
+    AttentionInterface.register("branches", attend_by_branch)
+    base.set_attn_implementation("branches")
     hidden_SD = base.model(
         input_ids=torch.tensor([packed.ids_S], device=device),
         position_ids=torch.tensor([packed.positions_S], device=device),
-        attention_mask=sees_SS[None, None],
         use_cache=False,
+        branches=packed.branches,
     ).last_hidden_state[0]
 
     def logprobs(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
@@ -143,6 +144,29 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0, chunk: i
         return logprobs(hidden_AD, targets_A)
     parts = zip(hidden_AD.split(chunk), targets_A.split(chunk))
     return torch.cat([checkpoint(logprobs, hidden, targets, use_reentrant=False) for hidden, targets in parts])
+
+
+def attend_by_branch(module: Any, query_1HSK: Any, key_1GSK: Any, value_1GSK: Any, mask: Any, branches: Sequence[int] | None = None, **more: Any) -> Any:
+    """Attention in a `Pack`, for transformers' AttentionInterface: the prefix, then each branch behind it.
+
+    `branches`: where each begins, after 0 for the prefix. One mask over the pack would do the same,
+    but pay for every branch looking at every other; None is ordinary attention.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if branches is None:
+        return sdpa_attention_forward(module, query_1HSK, key_1GSK, value_1GSK, mask, **more)
+    prefix, seen = branches[1], []
+    for start, end in pairwise([*branches, query_1HSK.shape[2]]):
+        if start == end:  # no prefix, or an answer of one token right behind it
+            continue
+        keys, values = key_1GSK[:, :, start:end], value_1GSK[:, :, start:end]
+        if start:
+            mask = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=query_1HSK.device).tril(prefix)[None, None]
+            keys, values = torch.cat([key_1GSK[:, :, :prefix], keys], 2), torch.cat([value_1GSK[:, :, :prefix], values], 2)
+        seen.append(sdpa_attention_forward(module, query_1HSK[:, :, start:end], keys, values, mask if start else None, **more)[0])
+    return torch.cat(seen, 1), None
 
 
 # ---------------------------------------------------------------------------------------------

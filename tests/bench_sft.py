@@ -7,7 +7,7 @@
 The formula counts, for T tokens in one forward pass with gradient checkpointing, b bytes a weight (2 in
 bfloat16): N weights x b; P adapter weights x 16 (float32 weight, gradient, two Adam moments); the input of
 every layer, L T D b; one layer recomputed, with the float32 copies that peft makes of every adapted layer's
-input; the mask, T T (1 + b); one chunk of logits and its gradient in float32. Time: 6 FLOPs for each weight
+input; one chunk of logits and its gradient in float32. Time: 6 FLOPs for each weight
 of the layers and token (forward, recomputed forward, backward to the activations; frozen weights have no
 gradient), 12 L D for each pair of tokens in reach, at an assumed share of the peak.
 """
@@ -56,7 +56,6 @@ def memory(shape: str, tokens: int, weight: int = 2) -> dict[str, float]:
         "adapter": 16 * layers * RANK * (inputs + outputs),
         "checkpoints": weight * layers * tokens * hidden,
         "layer": tokens * (weight * (outputs + inputs) + 4 * inputs),
-        "mask": tokens * tokens * (1 + weight),
         "logits": 3 * 4 * min(CHUNK, tokens) * vocabulary,
     }
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 MUTATIONS = [
     ("02_train_judge.py", "last_of_prompt = first - 1 if", "last_of_prompt = first if", "answers predicted one place late"),
     ("02_train_judge.py", ".float() / temperature", ".float()", "temperature ignored"),
-    ("02_train_judge.py", "((branch == 0) | (branch == branch[:, None])) & ", "", "branches of a pack see each other"),
+    ("02_train_judge.py", "torch.cat([key_1GSK[:, :, :prefix]", "torch.cat([key_1GSK[:, :, start - prefix : start]", "a branch sees the one before it, not the prefix"),
+    ("02_train_judge.py", ".tril(prefix)", ".tril(prefix + 1)", "a token sees the next one"),
     ("02_train_judge.py", "range(prefix, prefix + len(tokens))", "range(start, start + len(tokens))", "positions run on over branches"),
     ("02_train_judge.py", "1 - observed / expected", "1 - observed / expected * (n - 1) / n", "alpha without its small-sample term"),
     ("03_rl.py", "(81 - (score - gold) ** 2)", "(81 - abs(score - gold))", "eq. 1 not squared"),

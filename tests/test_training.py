@@ -46,7 +46,8 @@ def random_pairs(seed: int, groups: int = 3, size: int = 4) -> list[Any]:
 
 
 def reference_logprobs(model: Any, prompt: list[int], answer: list[int], temperature: float) -> torch.Tensor:
-    """One pair alone, with the model's own mask and positions."""
+    """One pair alone, with the model's own attention, mask and positions."""
+    model.set_attn_implementation("eager")
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
 
