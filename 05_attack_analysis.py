@@ -485,9 +485,15 @@ def second_of(task: dict[str, Any]) -> str | None:
     return task["other"] if task["variant"] == PAIRWISE else None
 
 
+def who_judges(judge: dict[str, Any]) -> str:
+    """What tells two judges of one name apart: where a chat judge is and how it is asked, or an adapter's weights, wherever the run lies."""
+    weights = judge.get("adapter") and hashlib.sha256((judge["adapter"] / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return judge.get("url", "") + judge.get("chat", "") + (weights or "") + judge.get("effort", "")
+
+
 def judge_tasks(path: Path, name: str, judge: dict[str, Any], tasks: Sequence[dict[str, Any]], server: Any, threads: int) -> list[dict[str, Any]]:
     """Let one judge answer all `tasks` ({attack, variant, instruction, output, [other]}); the records, in their order."""
-    who = judge.get("url", "") + judge.get("chat", "") + str(judge.get("adapter", "")) + judge.get("effort", "")
+    who = who_judges(judge)
     keys = [f"{name}:{t['attack']}:{identity(who, t['variant'], t['instruction'], t['output'], t.get('other', ''))}" for t in tasks]
     todo = dict(zip(keys, tasks))
     if not evaluate.missing(path, todo):

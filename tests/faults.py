@@ -1,6 +1,7 @@
 """Real faults against real commands: what is lost, what comes twice, what is damaged, what stays behind.
 
     python tests/faults.py --kills 50 --json OUT.json    # SIGKILL at random moments, about 40 minutes on two cores
+    python tests/faults.py --kills 3 --stage battery     # the kills only where a command has this word
     python tests/faults.py --signals --json OUT.json     # SIGINT, SIGTERM, a full disk, a server killed and hung
 
 --kills: every stage at its smallest size, first uninterrupted; then again from the same beginning,
@@ -184,15 +185,21 @@ def compare(whole: Path, killed: Path) -> Counter[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def kills(number: int, seed: int) -> dict[str, int]:
-    """Every stage once without a fault; and, from the same beginning, killed again and again until it is done."""
+def kills(number: int, word: str, seed: int) -> dict[str, int]:
+    """Every stage once without a fault; those with `word`, from the same beginning, killed again and again until done."""
     shutil.rmtree(WORK, ignore_errors=True)
     whole, before, killed = (WORK / name for name in ("whole", "before", "killed"))
     before.mkdir(parents=True)
     rng, found = random.Random(seed), Counter(kills=0, lost=0, duplicated=0, damaged=0, servers_left=0)
-    for index, line in enumerate(STAGES):
+    chosen = [line for line in STAGES if word in line]
+    for line in STAGES:
         span = finish(line, whole)
-        share = number * (index + 1) // len(STAGES) - number * index // len(STAGES)
+        if line not in chosen:
+            shutil.rmtree(before)
+            shutil.copytree(whole, before)
+            continue
+        index = chosen.index(line)
+        share = number * (index + 1) // len(chosen) - number * index // len(chosen)
         done = 0
         shutil.copytree(before, killed, dirs_exist_ok=True)
         while done < share:
@@ -311,11 +318,12 @@ def signals() -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--stage", default="", help="kill only commands with this word")
     parser.add_argument("--signals", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    result: dict[str, object] = dict(kills(chosen.kills, chosen.seed)) if chosen.kills else {}
+    result: dict[str, object] = dict(kills(chosen.kills, chosen.stage, chosen.seed)) if chosen.kills else {}
     if chosen.signals:
         result["signals"] = signals()
     print(json.dumps(result, indent=1))

@@ -310,6 +310,19 @@ def test_battery_on_a_chat_judge(url: str, tmp_path: Path) -> None:
     assert len(Scripted.asked) == asked + 2 and result.stdout.splitlines()[-1].startswith("PASS (no limit given): worst attack empty succeeds on 0 % of 1")
 
 
+def test_a_judge_is_known_by_its_weights_wherever_the_run_lies(tmp_path: Path) -> None:
+    """A run that was moved is not judged again; a judge that was trained again is."""
+    adapters = [tmp_path / name for name in ("here", "moved", "again")]
+    for adapter, weights in zip(adapters, (b"one", b"one", b"two")):
+        adapter.mkdir()
+        (adapter / "adapter_model.safetensors").write_bytes(weights)
+    here, moved, again = (attacks.who_judges({"adapter": adapter}) for adapter in adapters)
+    assert here == moved != again
+    assert attacks.who_judges({"adapter": None}) == "", "the base model"
+    chats = [{"url": "u", "chat": "m", "effort": e} for e in ("low", "high")] + [{"url": "v", "chat": "m", "effort": "low"}]
+    assert len({attacks.who_judges(chat) for chat in chats}) == 3
+
+
 def test_wrong_url_key_or_model_is_named_before_any_work(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "i.jsonl").write_text('{"instruction": "Name a lake."}\n')
     for result, words in (
