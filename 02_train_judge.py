@@ -646,12 +646,17 @@ VARIANTS = ("effort", "rubrics", "pairwise")  # the same, where a judge has them
 
 
 def merit(scores: dict[str, float]) -> float:
-    """What an epoch is chosen by: alpha of the expected score (or accuracy, in pairs) times the share of usable judgements.
+    """What an epoch is chosen by: alpha of the expected score, times the share of usable judgements.
 
     The expected score, because it rewards the policies. The most likely digit can agree with gold while
-    the distribution behind it is almost flat: such a judge rewards every rollout alike.
+    the distribution behind it is almost flat: such a judge rewards every rollout alike. In pairs: accuracy,
+    the mean of both places of gold's choice, so that a judge that always names the second has 50.
     """
-    value = scores.get("accuracy", scores.get("alpha_expected", math.nan)) * (1 - scores["invalid"] / 100)
+    value = scores.get("alpha_expected", math.nan)
+    if "accuracy" in scores:
+        places = [scores[key] for key in ("accuracy_1", "accuracy_2") if not math.isnan(scores[key])]
+        value = sum(places) / len(places) if places else math.nan
+    value *= 1 - scores["invalid"] / 100
     return -math.inf if math.isnan(value) else value
 
 
