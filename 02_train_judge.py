@@ -161,11 +161,11 @@ def attend_by_branch(module: Any, query_1HSK: Any, key_1GSK: Any, value_1GSK: An
     for start, end in pairwise([*branches, query_1HSK.shape[2]]):
         if start == end:  # no prefix, or an answer of one token right behind it
             continue
-        keys, values = key_1GSK[:, :, start:end], value_1GSK[:, :, start:end]
+        keys, values, sees = key_1GSK[:, :, start:end], value_1GSK[:, :, start:end], None  # None: causal
         if start:
-            mask = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=query_1HSK.device).tril(prefix)[None, None]
             keys, values = torch.cat([key_1GSK[:, :, :prefix], keys], 2), torch.cat([value_1GSK[:, :, :prefix], values], 2)
-        seen.append(sdpa_attention_forward(module, query_1HSK[:, :, start:end], keys, values, mask if start else None, **more)[0])
+            sees = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=keys.device).tril(prefix)[None, None]
+        seen.append(sdpa_attention_forward(module, query_1HSK[:, :, start:end], keys, values, sees, **more)[0])
     return torch.cat(seen, 1), None
 
 

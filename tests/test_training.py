@@ -361,7 +361,7 @@ def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
     assert flat["alpha"] == sharp["alpha"] == 100 and flat["alpha_expected"] < sharp["alpha_expected"]
     assert sft.merit(flat) < sft.merit(broken) < sft.merit(sharp)
     assert sft.merit(judged([None] * 3)) == -math.inf
-    # In pairs: one that names the second whenever gold does and else never knows, against one as often right that leans nowhere.
+    # In pairs: one that always names the second, against one as often right that leans nowhere.
     biased, fair = [(1, 2)] * 4 + [(2, 2)] * 8, [(1, 1)] * 3 + [(1, 2)] + [(2, 2)] * 5 + [(2, 1)] * 3
     one, other = (sft.pair_agreement([{"gold": g, "label": said, "thinking_tokens": 0} for g, said in pairs]) for pairs in (biased, fair))
     assert one["accuracy"] == pytest.approx(other["accuracy"]) and sft.merit(one) == pytest.approx(50) and sft.merit(other) == pytest.approx(68.75)
