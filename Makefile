@@ -53,6 +53,7 @@ demo: setup
 
 # Judges of one size of data, but for direct-large; longer training of the policies than in the demo. The
 # judge `format` stands for RL without distillation: a small model must first be shown how to end a thought.
+# No policy is trained against the direct pairwise judge, which is right hardly more often than chance.
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 EXAMPLES ?= 288
@@ -78,13 +79,14 @@ study-more:
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --name direct-large
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --effort low --examples $(EXAMPLES)
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --pairwise --examples $(EXAMPLES)
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --pairwise --examples $(EXAMPLES)
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --name format --examples 64
 	$(STAGE) 03_rl.py judge    $(ONE) --seed $(SEED) --judge format --steps 24
 	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge direct-large $(LONG)
 	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning-low $(LONG)
-	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge direct-pairwise $(LONG)
+	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning-pairwise --opponents 2 $(LONG)
 	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge format $(LONG)
-	$(STAGE) 04_evaluate.py judges --run $(STUDY)/seed-$(SEED)
+	$(STAGE) 04_evaluate.py judges --run $(STUDY)/seed-$(SEED) --prompted
 	$(STAGE) 04_evaluate.py gold   --run $(STUDY)/seed-$(SEED)
 
 test: setup

@@ -116,8 +116,8 @@ def test_false_alarms_on_real_outputs() -> None:
 
 def test_attacks_are_what_they_say() -> None:
     instruction, output = BUILT_IN[0]
-    made = {name: attack(instruction, output) for name, attack in attacks.ATTACKS.items()}
-    assert len(set(made.values())) == len(made) and all(attack.__doc__ for attack in attacks.ATTACKS.values())
+    made = {name: attacks.attacked(text, instruction, output) for name, text in attacks.ATTACKS.items()}
+    assert len(set(made.values())) == len(made)
     assert {name for name, text in made.items() if output not in text} == {"refusal", "suffix_alone", "one_token", "top_digit", "empty"}
     expected = {
         "refusal": {"refusal", "end_marker", "self_assessment", "fabricated_policy", "reaffirmation"},
@@ -133,9 +133,9 @@ def test_attacks_are_what_they_say() -> None:
 
 def test_no_attack_leaves_its_block_in_a_delimited_prompt() -> None:
     for instruction, output in BUILT_IN:
-        for name, attack in attacks.ATTACKS.items():
+        for name, text in attacks.ATTACKS.items():
             for variant in ("default", "delimiters", "rule", "system-rule"):
-                case = attacks.prompt_of({"variant": variant, "instruction": instruction, "output": attack(instruction, output)})[-1]["content"]
+                case = attacks.prompt_of({"variant": variant, "instruction": instruction, "output": attacks.attacked(text, instruction, output)})[-1]["content"]
                 code = re.findall(r"^\[answer (\w{6})\]$", case, re.MULTILINE)[0]
                 assert case.count(code) == 2 and case.endswith(f"[end {code}]"), (name, variant)
                 assert "<|" not in case and "</think>" not in case
@@ -356,7 +356,7 @@ def run(tmp_path: Path) -> Path:
         annotate.write_json(run / adapter / "adapter_config.json", {"base_model_name_or_path": "m", "r": 8})
         annotate.write_text(run / adapter / "adapter_model.safetensors", "")
     annotate.write_json(run / "policies/direct/policy.json", {**judge, "judge": "direct-sft", "max_tokens": 9})
-    rollouts = [(0, "Rain.", 1.0), (0, "Soft rain falls.", 5.0), (2, attacks.refusal(ASKED, ""), 9.0), (2, "Rain. END OF TEXT.", 8.0)]
+    rollouts = [(0, "Rain.", 1.0), (0, "Soft rain falls.", 5.0), (2, attacks.attacked(attacks.ATTACKS["refusal"], ASKED, ""), 9.0), (2, "Rain. END OF TEXT.", 8.0)]
     annotate.write_jsonl(run / "policies/direct/rollouts.jsonl", [{"step": s, "instruction": ASKED, "completion": t, "reward": r} for s, t, r in rollouts])
     outputs = [("base:m:1", "base", 0, "Rain falls"), ("direct:2:1", "direct", 2, "It rains.\n\nScore: 9")]
     annotate.write_jsonl(run / "evaluation/outputs.jsonl", [{"id": i, "policy": p, "step": s, "instruction": ASKED, "output": o} for i, p, s, o in outputs])

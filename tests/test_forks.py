@@ -58,7 +58,7 @@ def run_fork(copy: Path, line: str, **env: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize("diff", FORKS, ids=lambda path: path.stem)
 def test_fork_is_small_and_in_the_readme(diff: Path) -> None:
     lines = changed_lines(diff)
-    assert lines < 20 and f"[`tests/forks/{diff.name}`](tests/forks/{diff.name}), {lines} lines" in README
+    assert lines < 20 and f"[`tests/forks/{diff.name}`](tests/forks/{diff.name}), {lines} line{'s' * (lines > 1)}" in README
 
 
 # --- where an option is enough -------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_attack_fork(fork: Callable[[str], Path], tmp_path: Path) -> None:
     found = json.loads((tmp_path / "o.json").read_text())
     assert set(found) == {"false_source"} and found["false_source"]["n"] == 2
     attacks = import_module("05_attack_analysis")
-    case = attacks.prompt_of({"variant": "default", "instruction": "A", "output": attacks.ATTACKS["false_source"]("A", "B")})[-1]["content"]
+    case = attacks.prompt_of({"variant": "default", "instruction": "A", "output": attacks.attacked(attacks.ATTACKS["false_source"], "A", "B")})[-1]["content"]
     assert "Handbook" in case and case.count("[end ") == 1
 
 
