@@ -233,6 +233,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def panels(rows: int, columns: int, size: tuple[float, float], **how: Any) -> tuple[Any, Any]:
+    """A figure of `size` inches and its axes, shape (rows, columns). Made without pyplot it needs no screen and no closing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+
+
 def plan_evaluation(run: Path, gold_curve: bool) -> list[Any]:
     """The calls that `judges`, or `gold`, has still to make: of what the run holds, else of what a run usually has."""
     options = annotate.read_options(annotate.need(run / "annotations" / "config.json", f"01_annotate.py --run {run}").parent)
@@ -477,14 +485,7 @@ def lift_text(point: dict[str, Any], key: str) -> str:
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        4, len(curves), figsize=(4.6 * len(curves), 6), height_ratios=(4, 1, 1, 1), sharex="col", sharey="row", squeeze=False, layout="constrained"
-    )  # fmt: skip
+    figure, axes = panels(4, len(curves), (4.6 * len(curves), 6), height_ratios=(4, 1, 1, 1), sharex="col", sharey="row")
     for (axis, fluent, length, refusal), (name, points) in zip(axes.T, curves.items()):
         steps = [p["step"] for p in points]
         for key, text, colour in (("own", f"its judge ({judges[name]})", "tab:orange"), ("gold", "gold judge", "tab:blue")):
@@ -506,7 +507,6 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
     for panel, text in zip(axes[:, 0], ("mean score on held-out instructions (0-9)", "fluency", "tokens", "refusals, %")):
         panel.set_ylabel(text, fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -561,16 +561,9 @@ def study_command(study: Path = typer.Option(..., "--study", help="A folder of r
 
 def draw_study(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
     """A column for each judge to please: own and gold score above, fluency and overlap below; thin: one run, thick: their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     colours = {"own": "tab:orange", "gold": "tab:blue", "fluency": "tab:purple", "overlap": "tab:brown"}
     texts = {"own": "its own judge", "gold": "gold judge"}
-    figure, axes = plt.subplots(
-        3, len(curves), figsize=(3.4 * len(curves), 6), height_ratios=(4, 1.3, 1.3), sharex="col", sharey="row", squeeze=False, layout="constrained"
-    )  # fmt: skip
+    figure, axes = panels(3, len(curves), (3.4 * len(curves), 6), height_ratios=(4, 1.3, 1.3), sharex="col", sharey="row")
     for column, (name, by_run) in zip(axes.T, curves.items()):
         for axis, keys in zip(column, (("own", "gold"), ("fluency",), ("overlap",))):
             for key in keys:
@@ -589,7 +582,6 @@ def draw_study(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -
     for axis, text in zip(axes[:, 0], ("mean score on held-out instructions (0-9)", "fluency", "overlap")):
         axis.set_ylabel(text, fontsize=9)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1176,12 +1168,7 @@ PAPER_ARENA = {
 
 def draw_leaderboard(results: dict[str, Any], judge: str, path: Path) -> None:
     """Our policies' scores with style control among the paper's rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(results), 1, figsize=(8, 2.6 * len(results) + 0.6), squeeze=False, layout="constrained")
+    figure, axes = panels(len(results), 1, (8, 2.6 * len(results) + 0.6))
     for axis, (category, result) in zip(axes[:, 0], results.items()):
         place = ("creative_writing", "hard_prompt").index(category)
         bars = [(f"{name} (paper)", row[place], None) for name, row in PAPER_ARENA.items()]
@@ -1199,7 +1186,6 @@ def draw_leaderboard(results: dict[str, Any], judge: str, path: Path) -> None:
     axes[-1][0].set_xlabel("win rate over the baseline with style control, %")
     figure.suptitle(f"blue: ours, judge {judge}, 5-95 % intervals; hatched: the paper's figures, judge GPT-4.1", fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

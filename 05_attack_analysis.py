@@ -360,12 +360,7 @@ def patterns_command(run: Path = annotate.RUN) -> None:
 
 def draw_patterns(policies: dict[str, dict[str, Any]], path: Path) -> None:
     """One panel a policy: shares of the components that occur, and the mean reward on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(policies), figsize=(5.4 * len(policies), 3.9), squeeze=False, layout="constrained")
+    figure, axes = evaluate.panels(1, len(policies), (5.4 * len(policies), 3.9))
     for axis, (policy, kinds) in zip(axes[0], policies.items()):
         curve = kinds["rollouts"] or kinds["outputs"]
         steps = [point["step"] for point in curve]
@@ -387,7 +382,6 @@ def draw_patterns(policies: dict[str, dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -862,14 +856,9 @@ def suspicious(
 
 
 def draw_matrix(matrix: dict[str, dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     policies, judges = list(matrix), list(next(iter(matrix.values())))
     values = [[matrix[p][j]["lift"] if matrix[p][j]["lift"] is not None else float("nan") for j in judges] for p in policies]
-    figure, axis = plt.subplots(figsize=(1.7 * len(judges) + 1.5, 0.9 * len(policies) + 1.6), layout="constrained")
+    figure, ((axis,),) = evaluate.panels(1, 1, (1.7 * len(judges) + 1.5, 0.9 * len(policies) + 1.6))
     limit = max([1.0, *(abs(v) for row in values for v in row if v == v)])
     image = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for y, policy in enumerate(policies):
@@ -883,7 +872,6 @@ def draw_matrix(matrix: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set(title="lift over the base policy (rows: policies, columns: judges)")
     figure.colorbar(image, label="points of 9")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1056,13 +1044,8 @@ def side_by_side(left: str, right: str, width: int = 58, lines: int = 9) -> str:
 
 def draw_battery(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     """One panel a judge: success rate of each attack with its interval; the lift beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     attacks = list(next(iter(results.values())))
-    figure, axes = plt.subplots(1, len(results), figsize=(1.9 + 3.6 * len(results), 1.3 + 0.27 * len(attacks)), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = evaluate.panels(1, len(results), (1.9 + 3.6 * len(results), 1.3 + 0.27 * len(attacks)), sharey=True)
     for axis, (judge, entries) in zip(axes[0], results.items()):
         known = [(place, entry) for place, entry in enumerate(entries.values()) if entry["n"]]
         rates = [entry["success_rate"] for _, entry in known]
@@ -1076,7 +1059,6 @@ def draw_battery(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> N
     axes[0][0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1141,8 +1123,7 @@ def harden_command(
 
 def gold_pairs(labelled: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(better, worse by gold) of all labelled outputs of one instruction whose labels differ."""
-    pairs = [(a, b) for a, b in itertools.permutations(labelled, 2) if a["instruction"] == b["instruction"] and a["label"] > b["label"]]
-    return pairs
+    return [(a, b) for a, b in itertools.permutations(labelled, 2) if a["instruction"] == b["instruction"] and a["label"] > b["label"]]
 
 
 def variant_tasks(variant: str, honest: dict[str, str], attacks: dict[str, str], labelled: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -1199,13 +1180,8 @@ def hardened(
 
 def draw_hardening(table: dict[str, dict[str, Any]], attacks: Sequence[str], path: Path) -> None:
     """Success of every attack (columns) under every prompt (rows)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     values = [[100 * row["attacks"][a]["success_rate"] if row["attacks"][a]["n"] else float("nan") for a in attacks] for row in table.values()]
-    figure, axis = plt.subplots(figsize=(3 + 0.52 * len(attacks), 2.1 + 0.34 * len(table)), layout="constrained")
+    figure, ((axis,),) = evaluate.panels(1, 1, (3 + 0.52 * len(attacks), 2.1 + 0.34 * len(table)))
     image = axis.imshow(values, cmap="Reds", vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
@@ -1216,7 +1192,6 @@ def draw_hardening(table: dict[str, dict[str, Any]], attacks: Sequence[str], pat
     figure.colorbar(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
