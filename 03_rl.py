@@ -752,7 +752,7 @@ HELP = {
     "threads": "Requests in flight at once.",
     "opponents": "Against a pairwise judge: others of its group that a rollout is compared with, an even number; 0: all, G (G - 1) / 2 calls a prompt. Paper: all.",
     "both_orders": "Against a pairwise judge: ask about each pair in both orders, at twice the calls. Paper: silent.",
-    "overlap": "Sample the next batch while this one trains: it comes from an adapter one step old, which eq. 2's ratio corrects for.",
+    "overlap": "Sample the next batch while this one trains: it comes from an adapter one step old, which eq. 2's ratio corrects for. For GPUs of their own: on shared CPU cores a step takes many times as long.",
     "policy_gpus": "GPUs of the policy's servers, one replica on each (on a CPU: how many).",
     "judge_gpus": "GPUs of the judge's servers, one replica on each (on a CPU: how many).",
     "train_gpus": "GPUs that train, one rank on each (on a CPU: how many ranks). May be the servers' own. Paper: 32 A100 + 32 for the judge.",

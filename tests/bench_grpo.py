@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 rl = import_module("03_rl")
+evaluate = import_module("04_evaluate")
 
 
 def resident(peak: bool = False) -> float:
@@ -273,41 +274,41 @@ def judging(endpoint: Any, model: str, kind: str, group: int) -> dict[str, Any]:
     return {"judge": kind, "group": group, "calls": next(calls), "seconds": time.perf_counter() - began}
 
 
-def growth(o: dict[str, Any], picture: Path) -> list[dict[str, Any]]:
+VARIED = {"prompts": [2, 4, 8, 16], "tokens": [16, 32, 64, 128], "group": [3, 6, 12, 24]}
+SIZES = [4, 8, 16, 32]  # of a group that is judged alone
+
+
+def growth(o: dict[str, Any]) -> list[dict[str, Any]]:
     """Step time while one of prompts, completion length and group size doubles; the others stay. Then judging alone, by group size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = []
-    series = {"prompts": [2, 4, 8, 16], "tokens": [16, 32, 64, 128], "group": [3, 6, 12, 24]}
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     with tempfile.TemporaryDirectory() as folder, annotate.serve(
         o["model"], Path(folder), max_len=512, lora_rank=16, max_loras=2, lora_modules=sft.ATTENTION
     ) as endpoint:  # fmt: skip
-        for axis, (name, values) in zip(axes, series.items()):
-            mine = [{"varied": name, "value": value, **our_steps(endpoint, {**o, name: value})} for value in values]
-            for key, style in (("step", "o-"), ("sample", "s--"), ("train", "^:")):
-                axis.plot(values, [r[key] for r in mine], style, label=key)
-            axis.set(xlabel={"prompts": "prompts a step", "tokens": "tokens a rollout", "group": "rollouts a prompt"}[name], xscale="log", yscale="log")
-            axis.set_xticks(values, [str(v) for v in values])
-            axis.grid(alpha=0.3)
-            rows += mine
+        rows = [{"varied": name, "value": value, **our_steps(endpoint, {**o, name: value})} for name, values in VARIED.items() for value in values]
         judging(endpoint, o["model"], "pointwise", 4)  # warm
-        sizes = [4, 8, 16, 32]
-        for kind, style in (("pointwise", "o-"), ("pairwise, 4 opponents", "s--"), ("pairwise, all", "^:")):
-            mine = [judging(endpoint, o["model"], kind, size) for size in sizes]
-            axes[3].plot(sizes, [r["seconds"] for r in mine], style, label=kind)
-            rows += mine
-        axes[3].set(xlabel="rollouts a prompt: judging one group", xscale="log", yscale="log")
-        axes[3].set_xticks(sizes, [str(size) for size in sizes])
-        axes[3].grid(alpha=0.3)
+        return rows + [judging(endpoint, o["model"], kind, size) for kind in ("pointwise", "pairwise, 4 opponents", "pairwise, all") for size in SIZES]
+
+
+def draw_growth(rows: list[dict[str, Any]], picture: Path) -> None:
+    figure, ((*axes, last),) = evaluate.panels(1, 4, (15, 3.6))
+    titles = {"prompts": "prompts a step", "tokens": "tokens a rollout", "group": "rollouts a prompt"}
+    for axis, (name, values) in zip(axes, VARIED.items()):
+        for key, style in (("step", "o-"), ("sample", "s--"), ("train", "^:")):
+            axis.plot(values, [r[key] for r in rows if r.get("varied") == name], style, label=key)
+        axis.set(xlabel=titles[name], ylim=(1.5, 70))
+    for kind, style in (("pointwise", "o-"), ("pairwise, 4 opponents", "s--"), ("pairwise, all", "^:")):
+        last.plot(SIZES, [r["seconds"] for r in rows if r.get("judge") == kind], style, label=kind)
+    last.set(xlabel="rollouts a prompt: judging one group")
+    for axis, values in zip((*axes, last), (*VARIED.values(), SIZES)):
+        axis.set(xscale="log", yscale="log")
+        axis.set_xticks(values, [str(value) for value in values])
+        ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if axis.get_ylim()[0] < tick < axis.get_ylim()[1]]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
-    for axis in axes[::3]:
-        axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8)
+    last.legend(fontsize=8)
     figure.savefig(picture, dpi=150)
-    return rows
 
 
 def main(
@@ -341,7 +342,8 @@ def main(
     if train_only_:
         result: Any = train_only(shape, o, peak_flops)
     elif growth_:
-        result = growth(o, growth_)
+        result = growth(o)
+        draw_growth(result, growth_)
     else:
         annotate.load_tokenizer(model)
         ours, theirs = side("ours", o), side("trl", o)
