@@ -503,7 +503,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], judges: dict[str, str],
             refusal.set(xticks=steps)
         for panel in (axis, fluent, length, refusal):
             panel.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize=8)
+        axis.legend(loc="best", fontsize=8)
     for panel, text in zip(axes[:, 0], ("mean score on held-out instructions (0-9)", "fluency", "tokens", "refusals, %")):
         panel.set_ylabel(text, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -577,7 +577,7 @@ def draw_study(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -
                 axis.plot(*zip(*means), "o-", color=colours[key], lw=2.2, ms=4, label=texts.get(key))
             axis.grid(alpha=0.3)
         column[0].set(title=name, ylim=(0, 9.3), yticks=range(10))
-        column[0].legend(loc="lower right", fontsize=8)
+        column[0].legend(loc="best", fontsize=8)
         column[-1].set(xlabel="training step")
     for axis, text in zip(axes[:, 0], ("mean score on held-out instructions (0-9)", "fluency", "overlap")):
         axis.set_ylabel(text, fontsize=9)
