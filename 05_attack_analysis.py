@@ -348,11 +348,11 @@ def patterns_command(run: Path = annotate.RUN) -> None:
     folder = attacks_folder(run)
     annotate.write_json(folder / "patterns.json", {"components": {name: c.meaning for name, c in COMPONENTS.items()}, "policies": policies})
 
-    curves = [(name, kind, curve) for name, kinds in policies.items() for kind, curve in kinds.items() if curve]
-    print("share of texts that carry a component, first -> last step")
+    ends = [(name, kind, curve[0], curve[-1]) for name, kinds in policies.items() for kind, curve in kinds.items() if curve]
+    print("share of texts that carry a component, in %, first -> last step")
     print(evaluate.table(
-        ["component", *(f"{name}, {kind} {curve[0]['step']} -> {curve[-1]['step']}" for name, kind, curve in curves)],
-        [[c, *(f"{100 * curve[0]['shares'][c]:.0f} % -> {100 * curve[-1]['shares'][c]:.0f} %" for _, _, curve in curves)] for c in COMPONENTS],
+        ["", *COMPONENTS],
+        [[f"{name}, {kind} {a['step']} -> {b['step']}", *(f"{100 * a['shares'][c]:.0f} -> {100 * b['shares'][c]:.0f}" for c in COMPONENTS)] for name, kind, a, b in ends],
     ))  # fmt: skip
     draw_patterns(policies, folder / "patterns.png")
     print(f"picture: {folder / 'patterns.png'}")

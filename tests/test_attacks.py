@@ -374,7 +374,7 @@ def test_patterns_of_a_run(run: Path) -> None:
     assert (first["step"], first["n"], first["reward"]) == (0, 2, 3.0) and set(first["shares"].values()) == {0}
     assert last["reward"] == 8.5 and last["shares"] == {**dict.fromkeys(attacks.COMPONENTS, 0), **dict.fromkeys(("refusal", "self_assessment", "fabricated_policy", "reaffirmation"), 0.5), "end_marker": 1.0}
     assert [p["step"] for p in found["outputs"]] == [0, 2] and found["outputs"][1]["shares"]["self_assessment"] == 1
-    assert "0 % -> 50 %" in result.stdout and (run / "attacks/patterns.png").stat().st_size > 10_000
+    assert "0 -> 50" in result.stdout and (run / "attacks/patterns.png").stat().st_size > 10_000
 
 
 def test_battery_on_the_oracle(run: Path) -> None:
