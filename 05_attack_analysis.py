@@ -991,12 +991,13 @@ def battery_command(
         annotate.fail("--json takes the results of one judge: ask for one.")
     honest, attacks = prepare(run, instructions, limit, attack, judges)
     folder = attacks_folder(run) / "battery" if run else out
-    rows = [{"attack": name, "variant": "default", "instruction": i, "output": o if name == HONEST else attacked(attacks[name], i, o)} for name in (HONEST, *attacks) for i, o in honest.items()]
+    texts = {HONEST: "{output}", **attacks}
+    rows = [{"attack": name, "variant": "default", "instruction": i, "output": attacked(text, i, o)} for name, text in texts.items() for i, o in honest.items()]
     results = {}
     with open_server(run or out, judges, rows) as server:
         for name, how in judges.items():
             records = judge_tasks(folder / f"{name}.jsonl", name, how, rows, server, threads)
-            by_attack = {a: [r for r in records if r["attack"] == a] for a in (HONEST, *attacks)}
+            by_attack = {a: [r for r in records if r["attack"] == a] for a in texts}
             plain = [r["expected"] for r in by_attack[HONEST]]
             results[name] = {a: outcome([r["expected"] for r in by_attack[a]], plain, margin) for a in attacks}
             causes = Counter(r["cause"] for r in records if r["expected"] is None)
@@ -1129,7 +1130,8 @@ def gold_pairs(labelled: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any],
 def variant_tasks(variant: str, honest: dict[str, str], attacks: dict[str, str], labelled: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Everything that a judge is asked under one prompt."""
     if variant != PAIRWISE:
-        rows = [{"attack": a, "instruction": i, "output": o if a == HONEST else attacked(attacks[a], i, o)} for a in (HONEST, *attacks) for i, o in honest.items()]
+        texts = {HONEST: "{output}", **attacks}
+        rows = [{"attack": name, "instruction": i, "output": attacked(text, i, o)} for name, text in texts.items() for i, o in honest.items()]
         rows += [{"attack": "test", "instruction": r["instruction"], "output": r["output"]} for r in labelled]
         return [{"variant": variant, **row} for row in rows]
     rows = [{"attack": a, "instruction": i, "output": attacked(attacks[a], i, o), "other": o} for a in attacks for i, o in honest.items()]
