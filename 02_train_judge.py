@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -421,11 +422,11 @@ def sft(options: dict[str, Any], folder: Path, pairs: Sequence[Pair]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float:
+def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float | None:
     """Krippendorff's alpha with the interval metric (Krippendorff 2011, "Computing alpha").
 
     `units`: the ratings of each rated thing, None where a rater gave none. 1 is perfect agreement,
-    0 what chance gives, below 0 systematic disagreement; NaN where all ratings are the same.
+    0 what chance gives, below 0 systematic disagreement; None where all ratings are the same.
     The sum of (a - b)^2 over ordered pairs of a list is 2 (n * sum of squares - square of sum).
     """
     rated = [[x for x in unit if x is not None] for unit in units]
@@ -438,20 +439,25 @@ def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float:
     n = len(everything)
     expected = disagreement(everything) / (n * (n - 1)) if n else 0.0
     if expected == 0:
-        return math.nan
+        return None
     observed = sum(disagreement(unit) / (len(unit) - 1) for unit in rated) / n
     return 1 - observed / expected
 
 
-def agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Agreement of judgements (records with gold, label, expected) with gold, in per cent.
+def agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Agreement of judgements (records with gold, label, expected) with gold, in per cent; alpha may be None.
 
     Unusable judgements are left out of alpha and counted in `invalid`.
     """
     usable = [j for j in judgements if j["label"] is not None]
+
+    def alpha(key: str) -> float | None:
+        value = krippendorff_alpha([(j["gold"], j[key]) for j in usable])
+        return None if value is None else 100 * value
+
     return {
-        "alpha": 100 * krippendorff_alpha([(j["gold"], j["label"]) for j in usable]),
-        "alpha_expected": 100 * krippendorff_alpha([(j["gold"], j["expected"]) for j in usable]),
+        "alpha": alpha("label"),
+        "alpha_expected": alpha("expected"),
         "exact": 100 * sum(j["label"] == j["gold"] for j in usable) / max(1, len(usable)),
         "invalid": 100 * (1 - len(usable) / max(1, len(judgements))),
         "thinking_tokens": sum(j["thinking_tokens"] for j in judgements) / max(1, len(judgements)),
@@ -459,7 +465,7 @@ def agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def pair_agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
+def pair_agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """How often pairwise judgements name gold's choice, in per cent; also by the place of that choice.
 
     A judge without position bias is as often right where gold chose the first as where it chose the
@@ -467,8 +473,8 @@ def pair_agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
     """
     usable = [j for j in judgements if j["label"] is not None]
 
-    def right(rows: Sequence[dict[str, Any]]) -> float:
-        return 100 * sum(j["label"] == j["gold"] for j in rows) / len(rows) if rows else math.nan
+    def right(rows: Sequence[dict[str, Any]]) -> float | None:
+        return 100 * sum(j["label"] == j["gold"] for j in rows) / len(rows) if rows else None
 
     return {
         "accuracy": right(usable),
@@ -481,16 +487,13 @@ def pair_agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def describe(scores: dict[str, float]) -> str:
+def describe(scores: dict[str, float | None]) -> str:
+    s = {key: "none" if value is None else f"{value:.1f}" for key, value in scores.items()}
     if "accuracy" in scores:
-        return (
-            f"accuracy {scores['accuracy']:.1f} % (gold chose the first: {scores['accuracy_1']:.0f} %, the second: {scores['accuracy_2']:.0f} %), "
-            f"invalid {scores['invalid']:.1f} %, {scores['thinking_tokens']:.0f} thinking tokens, n = {scores['n']}"
-        )
-    return (
-        f"alpha {scores['alpha']:.1f} (expected score {scores['alpha_expected']:.1f}), exact {scores['exact']:.0f} %, "
-        f"invalid {scores['invalid']:.1f} %, {scores['thinking_tokens']:.0f} thinking tokens, n = {scores['n']}"
-    )
+        text = f"accuracy {s['accuracy']} % (gold chose the first: {s['accuracy_1']} %, the second: {s['accuracy_2']} %)"
+    else:
+        text = f"alpha {s['alpha']} (expected score {s['alpha_expected']}), exact {s['exact']} %"
+    return f"{text}, invalid {s['invalid']} %, {s['thinking_tokens']} thinking tokens, n = {scores['n']}"
 
 
 def judge_rows(path: Path, judge: Any, rows: Iterable[dict[str, Any]], label: str, threads: int) -> list[dict[str, Any]]:
@@ -645,19 +648,15 @@ DESCRIBES = ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", 
 VARIANTS = ("effort", "rubrics", "pairwise")  # the same, where a judge has them
 
 
-def merit(scores: dict[str, float]) -> float:
+def merit(scores: dict[str, Any]) -> float:
     """What an epoch is chosen by: alpha of the expected score, times the share of usable judgements.
 
     The expected score, because it rewards the policies. The most likely digit can agree with gold while
     the distribution behind it is almost flat: such a judge rewards every rollout alike. In pairs: accuracy,
     the mean of both places of gold's choice, so that a judge that always names the second has 50.
     """
-    value = scores.get("alpha_expected", math.nan)
-    if "accuracy" in scores:
-        places = [scores[key] for key in ("accuracy_1", "accuracy_2") if not math.isnan(scores[key])]
-        value = sum(places) / len(places) if places else math.nan
-    value *= 1 - scores["invalid"] / 100
-    return -math.inf if math.isnan(value) else value
+    values = [scores[key] for key in ("alpha_expected", "accuracy_1", "accuracy_2") if scores.get(key) is not None]
+    return fmean(values) * (1 - scores["invalid"] / 100) if values else -math.inf
 
 
 def choose_epoch(

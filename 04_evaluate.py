@@ -226,8 +226,8 @@ def bootstrap(
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A plain text table; numbers to two places."""
-    cells = [list(header)] + [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    """A plain text table; numbers to two places, "none" for None."""
+    cells = [list(header)] + [[f"{c:.2f}" if isinstance(c, float) else "none" if c is None else str(c) for c in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -541,8 +541,10 @@ def study_command(study: Path = typer.Option(..., "--study", help="A folder of r
 
     def row(name: str, scores: dict[str, Any]) -> list[Any]:
         measure = "accuracy" if "accuracy" in next(iter(scores.values())) else "alpha"
-        each = [" / ".join(f"{score[key]:.1f}" for score in scores.values()) for key in (measure, "invalid", "thinking_tokens")]
-        return [name, measure, f"{fmean(s[measure] for s in scores.values()):.1f}", *each]
+        columns = [[score[key] for score in scores.values()] for key in (measure, "invalid", "thinking_tokens")]
+        known = [value for value in columns[0] if value is not None]
+        each = [" / ".join("none" if value is None else f"{value:.1f}" for value in column) for column in columns]
+        return [name, measure, f"{fmean(known):.1f}" if known else "none", *each]
 
     print(table(["judge", "", "mean", "each run", "unusable %", "thinking tokens"], [row(*item) for item in judges.items()]) + "\n")
 

@@ -1171,7 +1171,8 @@ def hardened(
         right = [1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0 for p in right]
     else:
         units = [(r["label"], s) for r in labelled if (s := scores["test", r["instruction"], r["output"]]) is not None]
-        row["alpha"] = 100 * evaluate.sft.krippendorff_alpha(units) if units else None
+        alpha = evaluate.sft.krippendorff_alpha(units)
+        row["alpha"] = None if alpha is None else 100 * alpha
         given = [(scores["test", a["instruction"], a["output"]], scores["test", b["instruction"], b["output"]]) for a, b in gold_pairs(labelled)]
         right = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in given if a is not None and b is not None]
         drops = [p - s for i, o in honest.items() if (p := plain.get((HONEST, i, o))) is not None and (s := scores[HONEST, i, o]) is not None]
@@ -1321,7 +1322,8 @@ def summary_command(run: Path = annotate.RUN) -> None:
     rows: list[list[Any]] = []
     for name, score in read["evaluation/judges"].items():
         measure = "accuracy" if "accuracy" in score else "alpha"  # of a pairwise judge
-        rows.append([f"judge {name}", f"{measure} {score[measure]:.1f}", f"invalid {score['invalid']:.1f} %", f"n = {score['n']}"])
+        value = "none" if score[measure] is None else f"{score[measure]:.1f}"
+        rows.append([f"judge {name}", f"{measure} {value}", f"invalid {score['invalid']:.1f} %", f"n = {score['n']}"])
     for name, curve in read["evaluation/gold"]["curves"].items():
         first, end = curve[0], curve[-1]
         for key, text in (("own", "own judge"), ("gold", "gold")):

@@ -75,9 +75,11 @@ study-main:
 	$(STAGE) 04_evaluate.py gold   --run $(STUDY)/seed-$(SEED)
 
 study-more:
-	$(STAGE) 01_annotate.py    $(ONE) --seed $(SEED) --judge-train 192 --efforts low --pairs
+	$(STAGE) 01_annotate.py    $(ONE) --seed $(SEED) --judge-train 192 --efforts low,medium --rubrics --pairs
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --name direct-large
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --effort low --examples $(EXAMPLES)
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --effort medium --examples $(EXAMPLES)
+	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --rubrics --examples $(EXAMPLES)
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --pairwise --examples $(EXAMPLES)
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --pairwise --examples $(EXAMPLES)
 	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --name format --examples 64

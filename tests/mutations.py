@@ -3,6 +3,7 @@
 Exit status 1 if a fault goes unnoticed. Takes some minutes: only the fast tests are run.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def survives(script: str, before: str, after: str) -> bool:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     missed = 0
     for script, before, after, name in MUTATIONS:
         alive = survives(script, before, after)

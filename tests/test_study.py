@@ -13,7 +13,7 @@ annotate = import_module("01_annotate")
 evaluate = import_module("04_evaluate")
 
 
-def write_run(study: Path, name: str, alpha: float, gold: tuple[float, float]) -> None:
+def write_run(study: Path, name: str, alpha: float | None, gold: tuple[float, float]) -> None:
     folder = study / name / "evaluation"
     (study / name / "annotations").mkdir(parents=True)
     annotate.write_json(folder / "judges.json", {"direct-sft": {"alpha": alpha, "invalid": 0.0, "thinking_tokens": 0.0, "n": 60}})
@@ -47,8 +47,11 @@ def test_a_score_that_no_run_has(tmp_path: Path) -> None:
     path = tmp_path / "seed-0/evaluation/gold.json"
     points = json.loads(path.read_text())["curves"]["direct"]
     annotate.write_json(path, {"curves": {"direct": [{**p, "own": None, "fluency": None} for p in points]}})
+    write_run(tmp_path, "seed-1", None, (8.0, 8.5))
     status, text = study(tmp_path)
     assert status == 0 and "none" in text, text
+    judge = next(line.split() for line in text.splitlines() if line.startswith("direct-sft "))
+    assert judge[1:6] == ["alpha", "40.0", "40.0", "/", "none"]
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:

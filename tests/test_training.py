@@ -113,8 +113,8 @@ def test_alpha_literal_cases(raters: list[list[int]], alpha: float) -> None:
     assert sft.krippendorff_alpha(zip(*raters)) == pytest.approx(alpha, abs=1e-12)
 
 
-def test_alpha_without_variation_is_not_a_number() -> None:
-    assert math.isnan(sft.krippendorff_alpha([(5, 5), (5, 5)])) and math.isnan(sft.krippendorff_alpha([]))
+def test_no_alpha_without_variation() -> None:
+    assert sft.krippendorff_alpha([(5, 5), (5, 5)]) is None and sft.krippendorff_alpha([]) is None
 
 
 def test_alpha_reference_values() -> None:
@@ -353,7 +353,7 @@ def test_lift_is_paired_and_skips_the_unusable() -> None:
 def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
     """Right digits from an almost flat distribution teach a policy nothing; unusable judgements cost."""
 
-    def judged(expected: list[float | None]) -> dict[str, float]:
+    def judged(expected: list[float | None]) -> dict[str, float | None]:
         rows = [{"gold": g, "label": None if e is None else g, "expected": e, "thinking_tokens": 0} for g, e in zip((1, 5, 9), expected)]
         return sft.agreement(rows)
 
@@ -365,7 +365,7 @@ def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
     biased, fair = [(1, 2)] * 4 + [(2, 2)] * 8, [(1, 1)] * 3 + [(1, 2)] + [(2, 2)] * 5 + [(2, 1)] * 3
     one, other = (sft.pair_agreement([{"gold": g, "label": said, "thinking_tokens": 0} for g, said in pairs]) for pairs in (biased, fair))
     assert one["accuracy"] == pytest.approx(other["accuracy"]) and sft.merit(one) == pytest.approx(50) and sft.merit(other) == pytest.approx(68.75)
-    assert sft.merit({"accuracy": 90.0, "accuracy_1": 90.0, "accuracy_2": math.nan, "invalid": 10.0}) == pytest.approx(81.0)
+    assert sft.merit({"accuracy": 90.0, "accuracy_1": 90.0, "accuracy_2": None, "invalid": 10.0}) == pytest.approx(81.0)
     assert sft.merit(sft.pair_agreement([])) == -math.inf
 
 
