@@ -254,7 +254,8 @@ def scan_jsonl(path: Path, needs: Iterable[str] = (), mend: bool = True) -> Iter
         file = path.open("rb")
     except OSError as error:
         fail(f"{path} can not be read ({error.strerror}).")
-    place, lines = 0, {}
+    place = 0
+    lines: dict[str, int] = {}
     with file:
         for number, line in enumerate(file, 1):
             if not mend and not line.strip():
@@ -340,7 +341,7 @@ def complete(
     no more records than are being made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {record["id"]: record if keep else None for _, record in scan_jsonl(path, ["id"]) if record["id"] in tasks}
+    done: dict[str, Any] = {record["id"]: record if keep else None for _, record in scan_jsonl(path, ["id"]) if record["id"] in tasks}
     todo = [key for key in tasks if key not in done]
     pool = ThreadPoolExecutor(threads)
     try:
@@ -559,7 +560,8 @@ def show_plan(parts: Iterable[Part], preset: str, rate: float | None, seconds: f
     if seconds and not rate:
         speed, source = cost / seconds, "measured in this run"
     rows = [(what, calls, calls * read, calls * written) for what, calls, read, written in parts]
-    rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2, 3))))
+    calls, read, written = (sum(column) for column in list(zip(*rows))[1:])
+    rows.append(("all", calls, read, written))
     print(f"{'':34} {'calls':>12} {'tokens read':>16} {'tokens written':>16} {'hours':>9}")
     for what, calls, read, written in rows:
         hours = (read / READING + written) / speed / 3600
@@ -1363,6 +1365,7 @@ def gold_judge(options: dict[str, Any], endpoint: Endpoint | None) -> Callable[.
 
         def grade(instruction: str, output: str, other: str | None = None) -> dict[str, Any]:
             effort = reference_effort(options)
+            label: int | None
             if other is None:
                 label, reasoning = oracle(instruction, output, effort)
             else:

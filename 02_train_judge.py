@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
 # Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once.
 # ---------------------------------------------------------------------------------------------
 
-Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer
+Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Pack:
     owners_A: list[int]
 
 
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix(prompts: Sequence[list[int]]) -> int:
     """The number of tokens with which all `prompts` begin."""
     first, last = min(prompts), max(prompts)  # in dictionary order: what these share, all share
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
@@ -98,7 +98,7 @@ def pack_size(pairs: Sequence[Pair]) -> int:
 
 def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
     prefix = shared_prefix([pairs[i][0] for i in members])
-    result = Pack(list(pairs[members[0]][0][:prefix]), list(range(prefix)), [0], [], [], [])
+    result = Pack(pairs[members[0]][0][:prefix], list(range(prefix)), [0], [], [], [])
     for index in members:
         prompt, answer = pairs[index]
         start = len(result.ids_S)

@@ -50,7 +50,7 @@ from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import typer
 from tqdm import tqdm
@@ -412,7 +412,7 @@ def grpo(options: dict[str, Any], folder: Path, endpoint: Any, task: Task, linea
         shutil.rmtree(folder / "served")
 
 
-def stop_for_inspection(folder: Path, step: int, minibatches: Sequence[Sequence[Sequence[Rollout]]], why: str) -> NoReturn:
+def stop_for_inspection(folder: Path, step: int, minibatches: Sequence[Sequence[Sequence[Rollout]]], why: str) -> None:
     """End the command; the batch at fault, tokens and log-probabilities included, stays in a file."""
     path = folder / f"failed-{step:06d}-rank{sft.world()[0]}.jsonl"
     annotate.write_jsonl(path, [asdict(r) for groups in minibatches for group in groups for r in group])
@@ -532,7 +532,7 @@ def policy_task(options: dict[str, Any], run: Path, judge: Any) -> Task:
     return Task(chosen or none_fit(run, options["max_prompt"]), prompt, rewards, None)
 
 
-def none_fit(run: Path, tokens: int) -> NoReturn:
+def none_fit(run: Path, tokens: int) -> Any:
     annotate.fail(f"{run}/annotations: no training prompt of at most --max-prompt {tokens} tokens. Raise it, or annotate more.")
 
 

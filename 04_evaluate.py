@@ -734,7 +734,7 @@ def arena_scores(rows: Sequence[dict[str, Any]], metadata: Metadata, category: s
                 annotate.fail(f"uid {row['uid']} of {row['model']} is unknown: model_answer/ has no answer of {model} to it.")
     models = sorted({row["model"].split("/")[-1] for row in rows})
     model_R = np.array([models.index(row["model"].split("/")[-1]) for row in rows])
-    row_B = np.repeat(np.arange(len(rows)), [len(battles(row)) for row in rows])  # B battles of R judgments
+    row_B: Any = np.repeat(np.arange(len(rows)), [len(battles(row)) for row in rows])  # B battles of R judgments
     won_B = np.array([won for row in rows for won in battles(row)])
     style_R4 = np.array([style_difference(metadata[row["model"]][row["uid"]], metadata[baseline][row["uid"]]) for row in rows])
     spread_4 = style_R4[row_B].std(axis=0, ddof=1)
@@ -749,7 +749,7 @@ def arena_scores(rows: Sequence[dict[str, Any]], metadata: Metadata, category: s
     draws_DK = np.array([fit(rng.integers(len(row_B), size=len(row_B)), beta_K) for _ in range(DRAWS)])
 
     def interval(draws: Any) -> list[float]:
-        return [100 * float(q) for q in np.quantile(draws, (TAIL, 1 - TAIL))]
+        return [100 * float(np.quantile(draws, q)) for q in (TAIL, 1 - TAIL)]
 
     scores: dict[str, dict[str, Any]] = {baseline: {"score": 50.0, "score_style": 50.0, "ci": [50.0] * 2, "ci_style": [50.0] * 2, "battles": 0}}
     for k, model in enumerate(models):
@@ -774,7 +774,7 @@ def judge_sanity(rows: Sequence[dict[str, Any]], metadata: Metadata, category: s
     games = [game for row in rows for game in [*(row["games"] or []), None, None][:2]]
     answered = [g for g in games if isinstance(g, dict) and not g.get("error")]
     usable = [row for row in rows if battles(row)]
-    first_A, second_A = (np.array([VERDICTS[verdicts(row)[i]][0] for row in usable]) for i in (0, 1))
+    first_A, second_A = (np.array([VERDICTS[said][0] for row in usable if (said := verdicts(row)[i])]) for i in (0, 1))
     share = (1 - first_A + second_A) / 2
     longer = np.array([style_difference(metadata[r["model"]][r["uid"]], metadata[BASELINES[category]][r["uid"]])[0] for r in usable])
     known = len(usable) > 1 and share.std() > 0 and longer.std() > 0
@@ -1029,8 +1029,8 @@ def publish(
     known = {row["uid"]: row for row in read_benchmark(folder / "question.jsonl", ("uid",))} if (folder / "question.jsonl").exists() else {}
     known |= {question["uid"]: question for question in questions}
     annotate.write_jsonl(folder / "question.jsonl", known.values())
-    for name, rows in baselines.items():
-        annotate.write_jsonl(folder / "model_answer" / f"{name}.jsonl", ({**row, "metadata": metadata(answer_text(row))} for row in rows.values()))
+    for name, answers in baselines.items():
+        annotate.write_jsonl(folder / "model_answer" / f"{name}.jsonl", ({**row, "metadata": metadata(answer_text(row))} for row in answers.values()))
     ours = []
     for record in annotate.read_jsonl(calls / "answers.jsonl"):
         if not record["error"]:

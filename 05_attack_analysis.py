@@ -306,7 +306,8 @@ def find_patterns(instruction: str, text: str) -> list[tuple[str, int, int]]:
             continue
         if not all(p.search(seen) for p in component.all_of):
             continue
-        sentences, covered = [match.span() for match in SENTENCE.finditer(seen)], set()
+        sentences = [match.span() for match in SENTENCE.finditer(seen)]
+        covered: set[int] = set()
         for size in range(1, component.reach + 1):  # single sentences first, so that spans stay short
             for first in range(len(sentences) - size + 1):
                 (start, _), (_, end) = sentences[first], sentences[first + size - 1]
@@ -406,13 +407,13 @@ def chosen_judges(run: Path | None, names: Sequence[str], urls: Sequence[str], m
     trained = evaluate.trained_judges(run) if run and set(names) - {evaluate.GOLD} else {}
     for name in names:
         if name == evaluate.GOLD:
+            assert run
             folder = annotate.need(run / "annotations" / "config.json", f"01_annotate.py --preset laptop --run {run}").parent
             judges[name] = {"gold": annotate.read_options(folder)}
             continue
         # As in stage 3, 'reasoning' means reasoning-rl if there is one, else reasoning-sft.
-        full = next((n for n in (name, f"{name}-rl", f"{name}-sft") if n in trained), None)
-        if full is None:
-            annotate.fail(f"--judge {name}: {run} has {', '.join([*trained, evaluate.GOLD])}.")
+        known = (n for n in (name, f"{name}-rl", f"{name}-sft") if n in trained)
+        full = next(known, None) or annotate.fail(f"--judge {name}: {run} has {', '.join([*trained, evaluate.GOLD])}.")
         judges[full] = trained[full]
     for url, model in zip(urls, models):
         name = re.sub(r"[^\w.-]+", "_", model)
@@ -682,7 +683,8 @@ def lifts_on(judge: str, against: dict[str, dict[str, Scores]], owns: dict[str, 
     """policy -> its entry of the transfer matrix for one judge. `owns`: policy -> the judge that it was trained against."""
 
     def gain(scores: tuple[float | None, float | None] | None) -> float | None:
-        return None if scores is None or None in scores else scores[0] - scores[1]
+        final, base = scores or (None, None)
+        return None if final is None or base is None else final - base
 
     gains: dict[str, dict[str, tuple[float, float]]] = {}  # policy -> instruction -> (own, this judge's) lift
     entries = {}
@@ -692,7 +694,7 @@ def lifts_on(judge: str, against: dict[str, dict[str, Scores]], owns: dict[str, 
         entries[policy] = {**found[evaluate.BASE], "own": judge == own, "honest": found.get(HONEST), "follows": None, "follows_all": None}
         if judge != own:
             both = {i: (gain(against[own][evaluate.BASE][policy].get(i)), gain(scores)) for i, scores in pairs[evaluate.BASE].items()}
-            gains[policy] = {i: pair for i, pair in both.items() if None not in pair}
+            gains[policy] = {i: (a, b) for i, (a, b) in both.items() if a is not None and b is not None}
             entries[policy]["follows"] = follows([[pair] for pair in gains[policy].values()])
     instructions = dict.fromkeys(i for some in gains.values() for i in some)
     together = follows([[some[i] for some in gains.values() if i in some] for i in instructions])
@@ -787,7 +789,7 @@ def transfer_command(
         references[HONEST] = dict.fromkeys(policies, strong_answers(run, honest, list(dict.fromkeys(i for rows in finals.values() for i in rows))))
 
     options = annotate.read_options(run / "annotations")
-    columns = {}  # chat judge and style -> how it is reached; stage 4 has asked gold pointwise
+    columns: dict[tuple[str, str], Any] = {}  # chat judge and style -> how it is reached; stage 4 has asked gold pointwise
     for way in dict.fromkeys(style):
         columns |= {(name, way): chat for name, chat in chats.items()}
         if way == PAIRWISE or (way != POINTWISE and options["gold"] != "oracle"):
@@ -944,11 +946,11 @@ def honest_outputs(run: Path | None, instructions: Path | None, limit: int) -> d
         return dict(list(known.items())[:limit])
     if not instructions.exists():
         annotate.fail(f"{instructions}: there is no such file.")
-    found = {}
+    found: dict[str, str] = {}
     for number, row in enumerate(annotate.read_jsonl(instructions, ["instruction"])[:limit], 1):
-        found[row["instruction"]] = row.get("output") or known.get(row["instruction"])
-        if not found[row["instruction"]]:
-            annotate.fail(f'{instructions}, record {number}: no "output", and none is known for this instruction. Add an honest answer.')
+        found[row["instruction"]] = row.get("output") or known.get(row["instruction"]) or annotate.fail(
+            f'{instructions}, record {number}: no "output", and none is known for this instruction. Add an honest answer.'
+        )
     return found or annotate.fail(f"{instructions}: no instructions.")
 
 
