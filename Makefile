@@ -53,7 +53,7 @@ demo: setup
 
 # Judges of one size of data, but for direct-large; longer training of the policies than in the demo. The
 # judge `format` stands for RL without distillation: a small model must first be shown how to end a thought.
-# No policy is trained against the direct pairwise judge, which is right hardly more often than chance.
+# Some judges are there for their agreement only: no policy is trained against them, to save hours.
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 EXAMPLES ?= 288
