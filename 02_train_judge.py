@@ -445,7 +445,7 @@ def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float | None:
 
 
 def agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Agreement of judgements (records with gold, label, expected) with gold, in per cent; alpha may be None.
+    """Agreement of judgements (records with gold, label, expected) with gold, in per cent; None where there is none.
 
     Unusable judgements are left out of alpha and counted in `invalid`.
     """
@@ -458,7 +458,7 @@ def agreement(judgements: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {
         "alpha": alpha("label"),
         "alpha_expected": alpha("expected"),
-        "exact": 100 * sum(j["label"] == j["gold"] for j in usable) / max(1, len(usable)),
+        "exact": 100 * sum(j["label"] == j["gold"] for j in usable) / len(usable) if usable else None,
         "invalid": 100 * (1 - len(usable) / max(1, len(judgements))),
         "thinking_tokens": sum(j["thinking_tokens"] for j in judgements) / max(1, len(judgements)),
         "n": len(judgements),
