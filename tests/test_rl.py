@@ -1,0 +1,444 @@
+"""Stage 3 without a live model: rewards, advantages, the loss, a whole update, the loop, several ranks."""
+
+import inspect
+import json
+import math
+import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_annotate import ASKED
+from test_train_judge import random_llama, random_pairs, reference_logprobs, write_run
+from typer.testing import CliRunner
+
+annotate = import_module("01_annotate")
+sft = import_module("02_train_judge")
+rl = import_module("03_rl")
+
+
+# --- rewards and advantages ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        *[
+            ("thought\n</think>\n\n7", 7),
+            ("</think>\n\n0", 0),
+            ("7", None),
+            ("thought\n</think>\n\n12", None),
+        ],
+        *[
+            ("thought\n</think>\n7", None),
+            ("a</think>\n\n7</think>\n\n9", None),
+            ("a</think>\n\n7 good", None),
+        ],
+        *[("a</think>\n\n٧", None), ("", None), ("a</think>\n\n", None), ("a</think>\n\n-1", None)],
+    ],
+)
+def test_reading_a_whole_judgement(text: str, score: int | None) -> None:
+    """The digit stands right after the first end of the thinking, and alone."""
+    assert rl.read_score(text, True) == score
+    assert rl.read_score(text.removeprefix("</think>\n\n"), False) == {"7": 7, "</think>\n\n0": 0}.get(text)
+    assert rl.read_score(text, True, "12") is None and rl.read_score("a</think>\n\n2", True, "12") == 2
+
+
+def test_advantages() -> None:
+    rewards = torch.tensor([1.0, 2.0, 6.0, 3.0])
+    expected = (rewards - rewards.mean()) / rewards.std(correction=0)
+    assert rl.group_advantages(rewards.tolist(), 0.1) == pytest.approx(expected.tolist())
+    centred = (rewards - rewards.mean()).tolist()
+    assert rl.group_advantages(rewards.tolist(), 0.1, scale=False) == pytest.approx(centred)
+    assert rl.group_advantages([6.00, 6.02], 0.1) == pytest.approx([-0.1, 0.1]), "the floor is in points"
+    assert rl.group_advantages([4.0, 4.0], 0.0) == [0, 0]
+    assert rl.group_advantages([1.0, None, 3.0], 0.1) == pytest.approx([-1, 0, 1])
+
+
+class Text:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def test_pointwise_rewards_stay_with_their_rollouts() -> None:
+    """Whatever the order in which judgements finish; an invalid one gives no reward, and its cause."""
+
+    def ask(instruction: str, output: str) -> dict[str, Any]:
+        time.sleep(0.03 * (3 - int(output)))  # the first to be asked is the last to finish
+        valid = output != "2"
+        return {
+            "label": 1,
+            "expected": float(output) if valid else None,
+            "cause": None if valid else "cut off",
+        }
+
+    with ThreadPoolExecutor(4) as pool:
+        samples = [Text(f" {n}\n") for n in range(4)]
+        rewards, notes = rl.pointwise_rewards(ask, {"instruction": "x"}, samples, pool)
+    assert rewards == [0, 1, None, 3] and [n["cause"] for n in notes] == [None, None, "cut off", None]
+
+
+def games(
+    strengths: list[float], opponents: int = 0, answer: Any = None
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """(rewards, notes, games played) of eq. 4, the stronger of two rollouts winning, or as `answer` says."""
+    played: list[Any] = []
+
+    def ask(instruction: str, first: str, second: str) -> dict[str, Any]:
+        played.append((float(first), float(second)))
+        expected = answer(*played[-1]) if answer else 1.3 if float(first) > float(second) else 1.8
+        return {"expected": expected, "cause": None if expected else "cut off"}
+
+    with ThreadPoolExecutor(1) as pool:
+        row, samples = {"instruction": "x"}, [Text(str(s)) for s in strengths]
+        return *rl.pairwise_rewards(ask, opponents, row, samples, pool), played
+
+
+def test_equation_4() -> None:
+    """The share of the other G - 1 that this one beats; each pair once, in random order; a tie is half a win."""
+    strengths = [3.0, 9.0, 1.0, 7.0, 5.0]
+    rewards, _, played = games(strengths)
+    assert rewards == pytest.approx([sum(mine > other for other in strengths) / 4 for mine in strengths])
+    assert len({frozenset(game) for game in played}) == len(played) == 10
+    assert games(strengths, answer=lambda a, b: 1.5)[0] == [0.5] * 5, "fault 12"
+    firsts = Counter(games([1.0, 2.0])[2][0] for _ in range(200))
+    assert 60 < firsts[1.0, 2.0] < 140
+    rewards, notes, _ = games([1.0, 2.0, 3.0], answer=lambda a, b: None if 3.0 in (a, b) else 1 + (a < b))
+    assert rewards == [0, 1, None] and [note["cause"] is None for note in notes] == [True, True, False]
+
+
+@pytest.mark.parametrize(("group", "opponents"), [(8, 2), (8, 4), (8, 6), (5, 2), (6, 0)])
+def test_fewer_opponents_cost_less(group: int, opponents: int) -> None:
+    """Each meets exactly `opponents` others, so calls grow with G, not G^2."""
+    _, _, played = games([float(n) for n in range(group)], opponents)
+    wanted = opponents or group - 1
+    assert set(Counter(player for game in played for player in game).values()) == {wanted}
+    assert len(played) == group * wanted // 2
+
+
+# --- the loss and a whole update -----------------------------------------------------------------
+
+
+def reference_loss(new: Any, old: Any, advantages: list[float], clip: Any, beta: float, ref: Any) -> Any:
+    """Eq. 2 as it stands in the paper, token by token, for a list of rollouts."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, advantage in enumerate(advantages):
+        inner = torch.zeros((), dtype=torch.float64)
+        for t in range(len(new[i])):
+            rho = torch.exp(new[i][t] - old[i][t])
+            clipped = torch.clip(rho, 1 - clip[0], 1 + clip[1])
+            log_r = ref[i][t] - new[i][t]
+            inner = inner + torch.min(rho * advantage, clipped * advantage)
+            inner = inner - beta * (torch.exp(log_r) - log_r - 1)
+        total = total + inner / len(new[i])
+    return -total / len(advantages)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_loss_and_gradient_equal_the_reference(beta: float) -> None:
+    """Every sign of the advantage; ratios below, inside and above the clip range; different lengths."""
+    torch.manual_seed(0)
+    lengths, advantages, clip = [3, 5, 1, 4], [1.3, -0.7, 0.0, -2.0], (0.2, 0.3)
+    old, ref = ([-torch.rand(n, dtype=torch.float64) for n in lengths] for _ in range(2))
+    shifts = [torch.tensor([-0.5, 0.0, 0.5, 0.1, -0.1], dtype=torch.float64)[:n] for n in lengths]
+    new = [(o + s).requires_grad_() for o, s in zip(old, shifts)]
+    expected = reference_loss(new, old, advantages, clip, beta, ref)
+    expected.backward()
+    flat = torch.cat([o + s for o, s in zip(old, shifts)]).requires_grad_()
+    advantages_A = torch.cat([torch.full((n,), a).double() for n, a in zip(lengths, advantages)])
+    weights_A = torch.cat([torch.full((n,), 1 / (n * len(lengths))).double() for n in lengths])
+    loss = rl.grpo_loss(flat, torch.cat(old), advantages_A, weights_A, clip, beta, torch.cat(ref))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(flat.grad, torch.cat([n.grad for n in new]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shift", "advantage", "moves"),
+    [(0.5, 1, 0), (0.5, -1, 1), (-0.5, 1, 1), (-0.5, -1, 0), (0.25, 1, 1), (-0.25, -1, 0), (-0.2, -1, 1)],
+)
+def test_where_the_clip_stops_the_gradient(shift: float, advantage: int, moves: int) -> None:
+    """log(1.3) = 0.262 and log(0.8) = -0.223: the clip is not symmetric (0.2 below, 0.3 above)."""
+    new = torch.tensor([shift], requires_grad=True)
+    rl.grpo_loss(new, torch.zeros(1), torch.tensor([float(advantage)]), torch.ones(1), (0.2, 0.3)).backward()
+    assert new.grad.item() == pytest.approx(-advantage * math.exp(shift) * moves)
+
+
+OPTIONS = {
+    **{"temperature": 0.7, "clip_low": 0.2, "clip_high": 0.3, "beta": 0.0, "tokens_per_pass": 60, "lr": 0.1},
+    **{"std_floor": 0.1, "scale_std": True, "token_mean": False},
+}
+
+
+def rollouts(seed: int) -> list[list[Any]]:
+    """Three groups of four; one group flat, one rollout without reward."""
+    rng, pairs, groups = random.Random(seed), random_pairs(seed), []
+    for start in range(0, len(pairs), 4):
+        rewards = (
+            [5.0] * 4 if start == 4 else [rng.uniform(0, 9) for _ in range(3)] + [None if start else 1.0]
+        )
+        group = []
+        for (prompt, tokens), r, a in zip(pairs[start:], rewards, rl.group_advantages(rewards, 0.1)):
+            sample = annotate.Sample(tokens, [math.log(rng.uniform(0.004, 0.04)) for _ in tokens], "", True)
+            group.append(rl.Rollout({"id": "x"}, prompt, sample, r, a, {}))
+        groups.append(group)
+    return groups
+
+
+class Peft(torch.nn.Module):
+    """What `update` needs of a peft model; the adapter off, it is another model: the reference."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+
+    def get_base_model(self) -> Any:
+        return self.base
+
+
+class Spy(torch.optim.SGD):
+    """Keeps the gradient that it is handed."""
+
+    def step(self, closure: Any = None) -> None:
+        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize(("budget", "token_mean"), [(1, False), (30, False), (10_000, False), (30, True)])
+def test_update_is_the_gradient_of_equation_2(budget: int, token_mean: bool, monkeypatch: Any) -> None:
+    """Against the reference on unpacked sequences, so also: whatever the packing. `token_mean`: DAPO's mean."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(1.0))
+    monkeypatch.setattr(rl, "fail", lambda message: None)  # these log-probabilities are not the model's
+    model, groups = random_llama(), rollouts(seed=3)
+    rewarded = [r for group in groups for r in group if r.reward is not None]
+    assert len(rewarded) == 11 and any(r.advantage == 0 for r in rewarded)
+    sizes = [len(r.sample.tokens_T) for r in rewarded]
+    new = [reference_logprobs(model, r.prompt, r.sample.tokens_T, 0.7) for r in rewarded]
+    old = [torch.tensor(r.sample.logprobs_T, dtype=torch.float64) for r in rewarded]
+    scale = [11 * size / sum(sizes) if token_mean else 1 for size in sizes]
+    advantages = [r.advantage * factor for r, factor in zip(rewarded, scale)]
+    reference_loss(new, old, advantages, (0.2, 0.3), 0.0, old).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    spy = Spy(model.parameters(), lr=0.1)
+    rl.update(Peft(model), spy, groups, {**OPTIONS, "tokens_per_pass": budget, "token_mean": token_mean})
+    largest = max(g.abs().max().item() for g in expected)
+    assert largest > 1e-3
+    for mine, theirs in zip(spy.seen, expected):
+        assert torch.allclose(mine, theirs, atol=1e-5 * largest)
+
+
+def one_update(folder: Path) -> None:
+    """One optimiser step on this rank's share of three groups; what it saw goes to a file."""
+    torch.nn.utils.clip_grad_norm_ = lambda parameters, limit: torch.tensor(1.0)  # the sum itself is wanted
+    rl.fail = lambda message: None
+    model, (rank, ranks) = random_llama(), sft.rank_and_size()
+    spy = Spy(model.parameters(), lr=0.1)
+    stats = rl.update(Peft(model), spy, rollouts(seed=3)[rank::ranks], OPTIONS)
+    torch.save([spy.seen, stats], folder / f"{ranks}-{rank}.pt")
+
+
+def test_ranks_take_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three groups of different weight over 4 ranks: one rank has none, one a flat group."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)
+    monkeypatch.setattr(rl, "fail", None)
+    one_update(tmp_path)
+    sft.on_ranks(one_update, "0,1,2,3", tmp_path)
+    gradients, stats = torch.load(tmp_path / "1-0.pt")
+    for rank in range(4):
+        got, same = torch.load(tmp_path / f"4-{rank}.pt")
+        assert same == pytest.approx(stats), "every rank knows the statistics of the whole step"
+        for mine, theirs in zip(got, gradients):
+            assert torch.allclose(mine, theirs, atol=1e-5 * max(g.abs().max().item() for g in gradients))
+
+
+# --- the loop, with a stand-in for the server: what each rank samples, publishes and trains on ---
+
+
+class Sampler:
+    """Answers from a fixed table, by prompt. Ranks share `loaded`, the adapters that are served."""
+
+    def __init__(self, loaded: Path) -> None:
+        self.loaded, self.asked, self.lock = loaded, [], threading.Lock()
+        loaded.mkdir(exist_ok=True)
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        assert (path / "adapter_model.safetensors").exists()
+        (self.loaded / name).touch(exist_ok=False)
+
+    def unload_adapter(self, name: str) -> None:
+        (self.loaded / name).unlink()
+
+    def sample(self, prompt: list[int], n: int, model: str, **_: Any) -> Any:
+        assert (self.loaded / model).exists(), "sampled from an adapter that is not served any more"
+        with self.lock:
+            self.asked.append((model, prompt[-1]))
+        tokens = [[(7 * prompt[-1] + 3 * k + i) % 90 for i in range(1 + k % 3)] for k in range(n)]
+        return [annotate.Sample(t, [-4.5] * len(t), f"{k}", True) for k, t in enumerate(tokens)]
+
+
+LOOP = {
+    **OPTIONS, "lora_rank": 8, "lora_modules": ["q_proj"], "seed": 0, "lr": 1e-3, "steps": 3, "prompts": 3, "group": 3,
+    "minibatches": 2, "threads": 8, "max_tokens": 4, "checkpoint_every": 2,
+}  # fmt: skip
+
+
+def loop(folder: Path, options: dict[str, Any]) -> None:
+    rl.fail = lambda message: None  # the stand-in's log-probabilities are not the model's
+    rows = [{"id": str(n), "instruction": "x"} for n in range(5)]
+
+    def rewards(row: Any, samples_G: Any, pool: Any) -> Any:
+        return [float(s.text) if row["id"] != "4" else None for s in samples_G], [{"cause": None}] * len(
+            samples_G
+        )
+
+    sampler = Sampler(folder / "loaded")
+    rl.grpo(options, folder, sampler, rl.Task(rows, lambda row: [1, 2, int(row["id"])], rewards))
+    annotate.write_json(folder / f"asked-{sft.rank_and_size()[0]}-{time.time()}.json", sampler.asked)
+
+
+@pytest.mark.parametrize("gpus", ["0", "0,1"])
+def test_the_loop(tmp_path: Path, gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step samples from the adapter of that step; ranks split each minibatch; a resumed run is whole."""
+    monkeypatch.setattr(rl, "fail", None)
+    options = {**LOOP, "model": write_run(tmp_path)["model"]}
+    for steps in (2, 3):  # the second call goes on, with a new server
+        sft.on_ranks(loop, gpus, tmp_path, {**options, "steps": steps})
+        for path in (tmp_path / "loaded").iterdir():
+            path.unlink()
+    metrics = annotate.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2] and all(m["rollouts"] == 9 for m in metrics)
+    wanted = [
+        [int(row["id"]) for row in rl.prompts_of_step([{"id": n} for n in range(5)], s, 3, 0)]
+        for s in range(3)
+    ]
+    asked = [pair for path in tmp_path.glob("asked-*.json") for pair in json.loads(path.read_text())]
+    for step, numbers in enumerate(wanted):
+        assert sorted(metrics[step]["prompt_ids"]) == sorted(map(str, numbers))
+        assert sorted(n for model, n in asked if model == f"step-{step:06d}") == sorted(numbers)
+    records = annotate.read_jsonl(tmp_path / "rollouts.jsonl")
+    assert len({r["id"] for r in records}) == len(records) == 27
+    for r in records:
+        assert r["reward"] == (None if r["prompt_id"] == "4" else float(r["completion"]))
+    groups = [[r for r in records if r["step"] == 0 and r["prompt_id"] == str(n)] for n in wanted[0]]
+    for group in groups:
+        advantages = rl.group_advantages([r["reward"] for r in group], 0.1)
+        assert [r["advantage"] for r in group] == pytest.approx(advantages, abs=1e-4)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert sft.latest_state(tmp_path)[0] == 3
+
+
+def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups(tmp_path: Path, monkeypatch: Any) -> None:
+    """Where a step has more prompts than there are; and fault R11: without an update there is no gap."""
+    monkeypatch.setattr(rl, "fail", None)
+    options = {**LOOP, "model": write_run(tmp_path)["model"], "prompts": 10, "steps": 1, "group": 2}
+    loop(tmp_path, options)
+    records = annotate.read_jsonl(tmp_path / "rollouts.jsonl")
+    assert len({r["id"] for r in records}) == len(records) == 20
+    flat = [{**r, "reward": 5.0, "advantage": 0.0} for r in records]
+    measured = rl.measure(flat, [{"tokens": 0}], options)
+    assert (measured["logprob_gap"], measured["zero_variance_groups"], measured["rollouts"]) == (None, 1, 20)
+    assert len(measured["prompt_ids"]) == 10
+
+
+def test_prompts_of_a_step_depend_on_the_step_alone() -> None:
+    rows = [{"id": i} for i in range(10)]
+    seen = [row["id"] for step in range(10) for row in rl.prompts_of_step(rows, step, 4, seed=0)]
+    for start in range(0, 40, 10):
+        assert sorted(seen[start : start + 10]) == list(range(10)), "each prompt once in a pass"
+    assert seen[:10] != seen[10:20] and rl.prompts_of_step(rows, 0, 4, 1) != rl.prompts_of_step(rows, 0, 4, 0)
+
+
+# --- what the commands ask for -------------------------------------------------------------------
+
+
+def asked_for(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """The arguments with which `train` is called by a command."""
+    found: list[Any] = []
+    monkeypatch.setattr(rl, "train", lambda *arguments: found.append(arguments))
+    result = CliRunner().invoke(rl.app, line.split())
+    assert len(found) == 1, result.output
+    return found[0]
+
+
+def test_where_rl_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault R5: --from base has the model of that judge. Fault 9: a judge has no KL term. Controls need no judge."""
+    write_run(tmp_path)
+    rl.sft.save_adapter(
+        sft.load_model(str(tmp_path / "model"), None, 8, ["q_proj"]), tmp_path / "judges/mine-sft/epoch-1"
+    )
+    judge = {
+        "model": str(tmp_path / "model"), "reasoning": True, "lora_rank": 8, "lora_modules": ["q_proj"], "max_thinking": 50,
+        "temperature": 0.5, "max_prompt": 300, "adapter": "epoch-1", "effort": "low", "rubrics": False, "pairwise": False,
+    }  # fmt: skip
+    annotate.write_json(tmp_path / "judges/mine-sft/judge.json", judge)
+    options, _, folder, record, *_ = asked_for(f"judge --run {tmp_path} --judge mine", monkeypatch)
+    assert options["start"].endswith("judges/mine-sft/epoch-1") and folder.name == "mine-rl"
+    assert options["model"] == judge["model"] and options["max_tokens"] == 96
+    options, _, folder, record, *_ = asked_for(
+        f"judge --run {tmp_path} --judge mine --from base", monkeypatch
+    )
+    assert (options["start"], options["model"], folder.name) == ("", judge["model"], "mine-base-rl")
+    assert record["lora_rank"] == 8 and record["effort"] == "low"
+    options, *_ = asked_for(f"judge --run {tmp_path} --judge direct --from base", monkeypatch)
+    assert options["model"] == annotate.LAPTOP_MODEL and not options["judge_record"]["reasoning"]
+    options, _, folder, _, adapter = asked_for(f"policy --run {tmp_path} --judge mine", monkeypatch)
+    assert adapter.name == "epoch-1" and (options["judge"], folder.name) == ("mine-sft", "mine")
+    assert "beta" not in inspect.signature(rl.train_judge).parameters
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "shares"),
+    [
+        ("0", "other", [0.225, 0.225]),
+        ("0", "same", [0.45]),
+        ("0,1 --judge-gpus 2,3 --train-gpus 4", "other", [0.9, 0.9]),
+        ("0,1 --judge-gpus 2 --train-gpus 2", "other", [0.9, 0.45]),
+    ],
+)
+def test_servers_and_ranks_share_the_memory(
+    tmp_path: Path, gpus: str, model: str, shares: Any, monkeypatch: Any
+) -> None:
+    """One server plays policy and judge where both have the same base model."""
+    found: list[Any] = []
+
+    class Server:
+        url, key, model = "u", "k", "m"
+
+        def __init__(self, records: Any, run: Any, gpus: str, count: int, memory: float) -> None:
+            found.append(memory)
+
+        __enter__ = __exit__ = lambda self, *_: self
+        load_adapter = lambda *_: None  # noqa: E731
+
+    monkeypatch.setattr(sft, "serve_adapters", Server)
+    monkeypatch.setattr(sft, "on_ranks", lambda *_: None)
+    policy, judge, train = (gpus + " --judge-gpus 0 --train-gpus 0").replace("-gpus", "").split(" --")[:3]
+    options = {
+        **{
+            "policy_gpus": policy,
+            "judge_gpus": judge.split()[-1],
+            "train_gpus": train.split()[-1],
+            "task": "policy",
+        },
+        **{"model": "m", "judge_record": {"model": "m" if model == "same" else "other"}},
+    }
+    rl.train(options, tmp_path, tmp_path, {}, tmp_path)
+    assert found == pytest.approx(shares)
+
+
+def test_rewards_of_the_controls(tmp_path: Path) -> None:
+    """Gold, or truth, in place of a judge."""
+    annotate.write_json(
+        tmp_path / "annotations/config.json", {"options": {"gold": "oracle", "gold_effort": "none"}}
+    )
+    for judge, score in (("gold", 9), ("truth", 7)):
+        with rl.judge_to_please(
+            {"judge": judge, "judge_record": None, "task": "policy"}, tmp_path, None
+        ) as ask:
+            assert ask(ASKED, "This sentence is about the soft rain.")["expected"] == score

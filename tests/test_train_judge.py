@@ -1,0 +1,370 @@
+"""Stage 2 without a live model: what a judge is asked and answers, packing, agreement, several ranks."""
+
+import json
+import math
+import random
+import time
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from stub import stub
+from test_annotate import ASKED, hostile, slowly
+from test_frozen import FROZEN, tiny_llama
+
+annotate = import_module("01_annotate")
+sft = import_module("02_train_judge")
+
+
+# --- what a judge is asked, and how it answers ---------------------------------------------------
+
+
+class Says:
+    """An endpoint whose judge thinks `thinking`, and then gives the labels these `probabilities`."""
+
+    model, url = "m", "u"
+
+    def __init__(self, tokenizer: Any, thinking: str, probabilities: list[float]) -> None:
+        self.tokenizer, self.thinking, self.probabilities = tokenizer, thinking, probabilities
+        self.asked: list[list[int]] = []
+
+    def client(self, prompt: list[int]) -> Any:
+        return SimpleNamespace(completions=SimpleNamespace(create=self.create))
+
+    def sample(self, prompt: list[int], **_: Any) -> list[Any]:
+        self.asked.append(prompt)
+        before, closed, _ = self.thinking.partition("</think>")
+        return [annotate.Sample(annotate.encode(self.tokenizer, before + closed), [], before + closed, True)]
+
+    def create(self, prompt: list[int], extra_body: Any, **_: Any) -> Any:
+        self.asked.append(prompt)
+        tokens = [f"token_id:{i}" for i in extra_body["allowed_token_ids"]]
+        top = {token: math.log(p) for token, p in zip(tokens, self.probabilities)}
+        return SimpleNamespace(choices=[SimpleNamespace(logprobs=SimpleNamespace(top_logprobs=[top]))])
+
+
+@given(output=hostile, thinking=hostile, label=st.integers(0, 9), closes=st.booleans())
+@slowly
+def test_the_label_is_read_from_the_judges_own_place(
+    tokenizer: Any, output: str, thinking: str, label: int, closes: bool
+) -> None:
+    """Neither output nor thinking gives the label: only the token after the thinking's own end does."""
+    chances = [0.9 if n == label else 0.1 / 9 for n in range(10)]
+    thinking = thinking.encode(errors="replace").decode().replace("</think>", "") + "</think>" * closes
+    endpoint = Says(tokenizer, thinking, chances)
+    verdict = sft.ask_judge(sft.Judge(endpoint, tokenizer, None, reasoning=True), ASKED, output)
+    assert verdict["label"] == (label if closes else None) and len(endpoint.asked) == 1 + closes
+    assert (verdict["cause"] is None) == closes
+    if closes:
+        end = annotate.encode(tokenizer, "\n\n")
+        assert endpoint.asked[1][-len(end) :] == end and endpoint.asked[1][: -len(end)] != endpoint.asked[0]
+        assert verdict["expected"] == pytest.approx(0.9 * label + 0.1 / 9 * (45 - label))
+    direct = Says(tokenizer, "", chances)
+    verdict = sft.ask_judge(sft.Judge(direct, tokenizer, None, reasoning=False), ASKED, output)
+    assert verdict["label"] == label and verdict["thinking_tokens"] == 0
+    assert direct.asked == [sft.judge_prompt(tokenizer, annotate.judge_messages(ASKED, output), False)]
+
+
+def test_expected_scores_and_ties(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels of 1/55, 2/55, … 10/55: the most probable is 9, the mean 6. Fault 12: 0.5 : 0.5 is a tie."""
+    chances = [1.0005 * (n + 1) / 55 for n in range(10)]
+    judge = sft.Judge(Says(tokenizer, "", chances), tokenizer, None, reasoning=False)
+    verdict = sft.ask_judge(judge, ASKED, "Rain falls.")
+    assert verdict["label"] == 9 and verdict["expected"] == pytest.approx(6)
+    assert verdict["probabilities"] == pytest.approx([(n + 1) / 55 for n in range(10)])
+    judge.pairwise = True
+    for chances, expected in (([0.5, 0.5], 1.5), ([0.8, 0.2], 1.2), ([0.1, 0.9], 1.9)):
+        judge.endpoint.probabilities = chances
+        assert sft.ask_judge(judge, ASKED, "a", "b")["expected"] == pytest.approx(expected)
+    judge.endpoint.probabilities = [0.5, 0.3]
+    with pytest.raises(SystemExit):
+        sft.ask_judge(judge, ASKED, "a", "b")
+    assert "no label constraint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("character", ["9", "<", "\n", "\u202e", "\x00", "中"])
+def test_a_megabyte_of_one_character_is_an_invalid_judgement(tokenizer: Any, character: str) -> None:
+    """Found out in seconds, and without asking a server."""
+    judge = sft.Judge(SimpleNamespace(), tokenizer, None, reasoning=False, max_prompt=4096)
+    verdict = sft.ask_judge(judge, ASKED, character * 1_000_000)
+    assert (verdict["label"], verdict["expected"], verdict["cause"]) == (None, None, "prompt too long")
+
+
+def test_a_refused_request_is_an_invalid_judgement_a_dead_server_is_none(tokenizer: Any) -> None:
+    import openai
+
+    for reasoning in (False, True):
+        with stub() as url:
+            endpoint = annotate.Endpoint(f"{url}/0/refuse/v1", "secret", "gold", retries=0)
+            verdict = sft.ask_judge(sft.Judge(endpoint, tokenizer, None, reasoning), ASKED, "Rain.")
+            assert verdict["label"] is None and "content filter" in verdict["cause"]
+            endpoint = annotate.Endpoint(f"{url}/0/down/v1", "secret", "gold", retries=0)
+            with pytest.raises(openai.InternalServerError):
+                sft.ask_judge(sft.Judge(endpoint, tokenizer, None, reasoning), ASKED, "Rain.")
+
+
+def test_a_judge_trained_with_rubrics_is_asked_with_that_of_the_instruction(tokenizer: Any) -> None:
+    rubrics = {
+        annotate.short_hash("Write."): "3: rain.\n6: </think>",
+        annotate.short_hash("Other."): "9: snow.",
+    }
+    endpoint = Says(tokenizer, "", [0.1] * 10)
+    judge = sft.Judge(endpoint, tokenizer, None, False, rubrics=rubrics)
+    sft.ask_judge(judge, "Write.", "Rain falls.")
+    messages = annotate.judge_messages("Write.", "Rain falls.", rubric="3: rain.\n6: </think>")
+    assert endpoint.asked == [sft.judge_prompt(tokenizer, messages, False)]
+    text = tokenizer.decode(endpoint.asked[0])
+    assert "Instruction: Write.\n\nRubric:\n3: rain.\n6: < /think>\n\n[answer " in text
+    with pytest.raises(SystemExit):
+        sft.ask_judge(judge, "Never seen.", "x")
+
+
+def test_prompt_and_answer_meet_at_the_digit(tokenizer: Any) -> None:
+    """Whatever came before, the digit is predicted from the same tokens; a label must be one token."""
+    messages, end = annotate.judge_messages("Write.", "Rain falls."), sft.thinking_end(tokenizer)
+    for reasoning, thought in ((False, None), (True, "Topic: yes.")):
+        ids = sft.judge_prompt(tokenizer, messages, reasoning) + sft.judge_answer(tokenizer, 7, thought)
+        thinking = f"<think>\n{thought or ''}\n</think>\n\n7{tokenizer.eos_token}"
+        assert tokenizer.decode(ids).endswith(thinking) and ids[-2 - len(end) : -2] == end
+    with pytest.raises(SystemExit):
+        sft.label_token_ids(tokenizer, ["7", "12"])
+
+
+def test_the_options_of_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault R4: twice the room for two outputs. Effort of the labels' own is none; examples by the seed."""
+    write_run(tmp_path)
+    seen: list[Any] = []
+    monkeypatch.setattr(sft, "on_ranks", lambda work, gpus, *arguments: seen.append(arguments))
+    monkeypatch.setattr(sft, "choose_epoch", lambda options, run, folder: pytest.fail("enough"))
+
+    def options(line: str) -> tuple[Any, Any]:
+        from typer.testing import CliRunner
+
+        CliRunner().invoke(sft.app, ["--run", str(tmp_path), *line.split()])
+        return seen[-1][0], seen[-1][2].name
+
+    pointwise, name = options("--no-reasoning --max-prompt 300 --examples 5 --seed 3")
+    assert name == "direct-sft" and (pointwise["max_prompt"], pointwise["max_thinking"]) == (300, 96)
+    drawn = [row["id"] for row in sft.training_rows(pointwise, tmp_path)]
+    assert drawn == [row["id"] for row in random.Random(3).sample(FROZEN["rows"], 5)]
+    pairwise, name = options("--reasoning --pairwise --max-prompt 300")
+    assert name == "reasoning-pairwise-sft"
+    assert (pairwise["max_prompt"], pairwise["max_thinking"]) == (600, 192)
+    same, name = options("--reasoning --effort high --name mine")
+    assert name == "mine-sft" and same["effort"] == ""
+    low, name = options("--reasoning --effort low --rubrics")
+    assert name == "reasoning-low-rubrics-sft" and low["effort"] == "low"
+    assert [row["id"] for row in sft.training_rows(low, tmp_path)] == ["2", "4"]
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def random_llama() -> Any:
+    """In float64: small enough to compare gradients exactly."""
+    return tiny_llama(97).double()
+
+
+def random_pairs(seed: int, groups: int = 3, size: int = 4) -> list[Any]:
+    """Prompts with a common beginning, `size` answers each; lengths vary, one prompt ends in the prefix."""
+    rng = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(97) for _ in range(n)]
+
+    rules = tokens(7)
+    prompts = [rules] + [rules + tokens(rng.randint(1, 6)) for _ in range(groups - 1)]
+    return [(prompt, tokens(rng.randint(1, 9))) for prompt in prompts for _ in range(size)]
+
+
+def reference_logprobs(model: Any, prompt: list[int], answer: list[int], temperature: float = 1.0) -> Any:
+    """One pair alone, by the model's own forward: its attention, mask, positions and head."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+
+
+@pytest.mark.parametrize(("budget", "chunk"), [(1, 2048), (20, 3), (45, 2048), (10_000, 3)])
+def test_packed_equals_unpacked(budget: int, chunk: int) -> None:
+    """Log-probabilities and gradients are those of each pair alone, whatever shares its pass."""
+    model, pairs = random_llama(), random_pairs(seed=1)
+    expected = [reference_logprobs(model, p, a, 0.7) for p, a in pairs]
+    weights = torch.linspace(-1, 1, sum(len(a) for _, a in pairs)).double().split([len(a) for _, a in pairs])
+    sum((w * e).sum() for w, e in zip(weights, expected)).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    seen = []
+    for packed in sft.pack(pairs, budget):
+        members = list(dict.fromkeys(packed.owners_A))
+        logprobs = sft.answer_logprobs(model, packed, 0.7, chunk).double()
+        assert torch.allclose(logprobs, torch.cat([expected[i] for i in members]), atol=1e-5)
+        (logprobs * torch.cat([weights[i] for i in members])).sum().backward()
+        assert len(packed.ids_S) <= budget or len(members) == 1
+        seen += members
+    assert seen == list(range(len(pairs)))
+    for parameter, gradient in zip(model.parameters(), gradients):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+
+
+def test_a_shared_prompt_is_paid_for_once() -> None:
+    pairs = [([1] * 50, [2] * 10) for _ in range(8)]
+    assert [len(p.ids_S) for p in sft.pack(pairs, budget=1000)] == [50 + 8 * 9]
+    assert [len(p.ids_S) for p in sft.pack(pairs, budget=100)] == [50 + 5 * 9, 50 + 3 * 9]
+    strangers = [([i] * 5, [2] * 3) for i in range(4)]
+    assert sum(len(p.ids_S) for p in sft.pack(strangers, budget=1000)) == 4 * 7
+
+
+TRAINED = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {"sliding_window": None}}
+OTHERS = {
+    "Mistral": {"sliding_window": 16},
+    "Gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "Granite": {"logits_scaling": 8.0},
+    "Cohere": {},
+    "Phi3": {"sliding_window": 16, "pad_token_id": 0},
+}
+CLASSES = [
+    *((name, more, True) for name, more in TRAINED.items()),
+    *((n, m, False) for n, m in OTHERS.items()),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "trained"), CLASSES, ids=[f"{c[0]} {c[2]}" for c in CLASSES])
+def test_a_class_that_does_more_than_ours_is_refused(
+    name: str, more: Any, trained: bool, capsys: Any
+) -> None:
+    """Fault 5: on 60 tokens the log-probabilities are the model's own, or the model is refused by its name."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **heads, **more})
+    base = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    linear = peft.LoraConfig(r=4, target_modules="all-linear")
+    model = peft.get_peft_model(base, linear)
+    if trained:
+        sft.check_forward(model, "some/model")
+        prompt, answer = [n % 90 for n in range(40)], [n * 7 % 90 for n in range(20)]
+        (packed,) = sft.pack([(prompt, answer)], 512)
+        with torch.no_grad():
+            own = reference_logprobs(base, prompt, answer)
+            assert torch.allclose(sft.answer_logprobs(model, packed), own, atol=1e-4)
+    else:
+        with pytest.raises(SystemExit):
+            sft.check_forward(model, "some/model")
+        assert "some/model" in capsys.readouterr().err
+
+
+# --- agreement -----------------------------------------------------------------------------------
+
+
+def test_alpha_is_between_its_ends() -> None:
+    """The formula's own numbers are in frozen.json, the published ones too."""
+    scores = [0, 3, 5, 7, 9]
+    assert sft.krippendorff_alpha(zip(scores, scores)) == 1
+    assert sft.krippendorff_alpha([(7, 6.999999)] * 20) == pytest.approx(-0.95, abs=1e-9), "fault 14"
+    assert sft.krippendorff_alpha([(5, 5), (5, 5)]) is None and sft.krippendorff_alpha([]) is None
+
+
+def judged(*triples: Any) -> list[Any]:
+    return [{"gold": g, "label": l, "expected": e, "thinking_tokens": 2} for g, l, e in triples]
+
+
+def test_invalid_judgements_are_counted_not_scored() -> None:
+    scores = sft.agreement([*judged(*((g, g, float(g)) for g in (0, 4, 9))), *judged((9, None, None))])
+    assert (scores["alpha"], scores["exact"], scores["invalid"], scores["n"]) == (100, 100, 25, 4)
+    assert scores["thinking_tokens"] == 2 and sft.describe(scores)
+    none = sft.agreement(judged((9, None, None)))
+    assert none["alpha"] is None and none["exact"] is None and "none" in sft.describe(none)
+
+
+def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
+    """Right digits from an almost flat distribution teach a policy nothing; invalid judgements cost."""
+
+    def score(*expected: Any) -> dict[str, Any]:
+        return sft.agreement(judged(*((g, e and g, e) for g, e in zip((1, 5, 9), expected))))
+
+    flat, sharp, broken = score(4.4, 4.5, 4.6), score(2.0, 5.0, 8.0), score(2.0, None, 8.0)
+    assert flat["alpha"] == sharp["alpha"] == 100 and flat["alpha_expected"] < sharp["alpha_expected"]
+    chosen = [sft.selection_score(scores) for scores in (score(None, None, None), flat, broken, sharp)]
+    assert chosen == sorted(chosen) and chosen[0] == -math.inf and len(set(chosen)) == 4
+
+
+def test_pairs_are_scored_by_the_place_of_golds_choice() -> None:
+    def score(counts: dict[Any, int]) -> dict[str, Any]:
+        return sft.agreement(
+            judged(*((g, l, l) for (g, l), n in counts.items() for _ in range(n))), pairwise=True
+        )
+
+    got = score({(1, 1): 6, (1, 2): 2, (2, 2): 1, (2, 1): 3, (2, None): 1})
+    assert (got["accuracy"], got["accuracy_1"], got["accuracy_2"]) == pytest.approx((700 / 12, 75, 25))
+    assert got["says_1"] == pytest.approx(75) and got["invalid"] == pytest.approx(100 / 13)
+    # One that always names the second, against one as often right that leans nowhere.
+    biased, fair = score({(1, 2): 4, (2, 2): 8}), score({(1, 1): 3, (1, 2): 1, (2, 2): 5, (2, 1): 3})
+    assert biased["accuracy"] == pytest.approx(fair["accuracy"])
+    assert (sft.selection_score(biased), sft.selection_score(fair)) == pytest.approx((50, 68.75))
+    assert sft.selection_score(score({})) == -math.inf
+
+
+# --- training that can stop anywhere, on several ranks -------------------------------------------
+
+
+def write_run(run: Path) -> dict[str, Any]:
+    """Annotations by hand, and a tiny model in run/model; options for training on them."""
+    tiny_llama(49152).save_pretrained(run / "model")
+    annotate.load_tokenizer(annotate.LAPTOP_MODEL).save_pretrained(run / "model")
+    folder, rows = run / "annotations", FROZEN["rows"]
+    annotate.write_json(folder / "config.json", {"options": {"preset": "laptop", "gold_effort": "none"}})
+    files = {"labels": rows, "pairs": [{**row, "other": "b"} for row in rows]}
+    files["labels-low"] = [row if row["id"] in "24" else {**row, "label": None} for row in rows]
+    for name, records in files.items():
+        annotate.write_jsonl(folder / f"{name}.jsonl", records)
+        annotate.write_json(folder / f"{name}.json", {})
+    return {**FROZEN["options"], "model": str(run / "model"), "seed": 0}
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """Same losses and gradients; uneven shares (2 and 3 of 5); the second step is after an update."""
+    options = {**write_run(tmp_path), "batch": 5, "epochs": 1, "max_thinking": 16}
+    curves = []
+    for gpus in ("0", "0,1"):
+        sft.on_ranks(sft.sft, gpus, options, tmp_path, tmp_path / gpus)
+        metrics = annotate.read_jsonl(tmp_path / gpus / "metrics.jsonl")
+        curves.append([[m["loss"], m["grad_norm"], m["answer_tokens"]] for m in metrics])
+        assert (tmp_path / gpus / "epoch-1" / "adapter_model.safetensors").exists()
+    assert len(curves[0]) == 3 and curves[0][0] != curves[0][1]
+    for one, two in zip(*curves):
+        assert one == pytest.approx(two, rel=1e-5)
+
+
+def fail_on_the_second() -> None:
+    if sft.rank_and_size()[0] == 1:
+        annotate.fail("on purpose")
+    sft.over_ranks([0])  # would wait for ever
+
+
+def test_an_error_in_one_rank_ends_all() -> None:
+    began = time.perf_counter()
+    with pytest.raises(SystemExit) as end:
+        sft.on_ranks(fail_on_the_second, "0,1")
+    assert end.value.code == 1 and time.perf_counter() - began < 60
+
+
+def test_what_a_kill_in_the_middle_of_saving_leaves_does_no_harm(tmp_path: Path) -> None:
+    """Fault R13: and nothing asks the hub when an adapter is saved."""
+    options = {**write_run(tmp_path), "epochs": 1}
+    model, optimizer = sft.load_training(options, None)
+    model.peft_config["default"].base_model_name_or_path = "some/model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked"))
+        sft.save_state(tmp_path, 1, model, optimizer)
+    (tmp_path / "state.part" / "adapter_model.safetensors").mkdir(parents=True)
+    step, state = sft.latest_state(tmp_path)
+    assert step == 1 and json.loads((state / "adapter_config.json").read_text())["r"] == options["lora_rank"]
+    (tmp_path / "state.part" / "adapter_model.safetensors").rmdir()
+    sft.save_state(tmp_path, 2, model, optimizer)
+    assert [path.name for path in tmp_path.glob("state*")] == ["state-000002"]
