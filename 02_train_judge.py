@@ -112,9 +112,9 @@ def row_messages(row: Row, rubrics: dict[str, str] | None) -> Any:
 
 
 def ask_judge(
-    judge: Judge, instruction: str, output: str, other: str | None = None, messages: Any = None
+    judge: Judge, text: str, output: str, other: str | None = None, messages: Any = None
 ) -> Verdict:
-    """Let `judge` grade one output, or a pairwise one say which of two is better.
+    """Let `judge` grade one output for the instruction `text`, or a pairwise one say which of two is better.
 
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their log-probabilities
     give the label (the most probable) and the expected score, the sum of x * p(x), which is the policy's
@@ -124,41 +124,31 @@ def ask_judge(
     """
     import openai
 
-    row = {"instruction": instruction, "output": output, "other": other}
+    row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
-    verdict: Verdict = {
-        "label": None,
-        "expected": None,
-        "probabilities": [],
-        "thinking": "",
-        "thinking_tokens": 0,
-    }
+    verdict = dict.fromkeys(("label", "expected", "probabilities")) | {"thinking": "", "thinking_tokens": 0}
     if len(prompt) > judge.max_prompt:
         return {**verdict, "cause": "prompt too long"}
     labels = annotate.PAIRWISE_LABELS if judge.pairwise else annotate.LABELS
     ids, before = label_token_ids(judge.tokenizer, labels), prompt
-    how = {
-        "model": judge.adapter or judge.endpoint.model,
-        "max_tokens": 1,
-        "temperature": 1.0,
-        "logprobs": len(ids),
-    }
+    model, how = (
+        judge.adapter or judge.endpoint.model,
+        {"max_tokens": 1, "temperature": 1.0, "logprobs": len(ids)},
+    )
     constrained = {"allowed_token_ids": ids, "return_tokens_as_token_ids": True}
-    thinking = {"temperature": judge.temperature, "top_p": 0.95, "stop": [THINK_CLOSE]}
+    thinking = {"temperature": judge.temperature, "top_p": 0.95, "max_tokens": judge.max_thinking}
+    thinking["stop"] = [THINK_CLOSE]
     thinking["extra"] = {"top_k": 20, "include_stop_str_in_output": True}
     try:
         if judge.reasoning:
-            (thought,) = judge.endpoint.sample(
-                prompt, 1, judge.adapter, max_tokens=judge.max_thinking, **thinking
-            )
+            (thought,) = judge.endpoint.sample(prompt, 1, judge.adapter, **thinking)
             verdict["thinking"] = thought.text.removesuffix(THINK_CLOSE).strip()
             verdict["thinking_tokens"] = len(thought.tokens_T)
             if not thought.text.endswith(THINK_CLOSE):
                 return {**verdict, "cause": "thinking did not close"}
             before = prompt + thought.tokens_T + encode(judge.tokenizer, AFTER_THINKING)
-        answer = judge.endpoint.client(prompt).completions.create(
-            prompt=before, extra_body=constrained, **how
-        )
+        ask = judge.endpoint.client(prompt).completions.create
+        answer = ask(model=model, prompt=before, extra_body=constrained, **how)
     except openai.APIStatusError as error:
         return {**verdict, "cause": judge.endpoint.refusal(error)}
     top = answer.choices[0].logprobs.top_logprobs[0]
@@ -179,9 +169,7 @@ Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 SAVE_EVERY = 10  # optimiser steps: what a killed run loses at most
 
 
-def labelled(
-    run: Path, split: str, reasoning: bool = False, effort: str = "", pairwise: bool = False
-) -> list[Row]:
+def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "", pairwise: bool = False) -> Any:
     """The annotated outputs (or pairs) of `split` that carry a gold label (and a reasoning, if asked for).
 
     `effort`: another than that of labels.jsonl, and only examples that got the same label at both.
@@ -199,9 +187,7 @@ def training_rows(options: Options, run: Path) -> list[Row]:
     """The examples to train on, the same on every rank."""
     rows = labelled(run, "judge_train", *(options[key] for key in ("reasoning", "effort", "pairwise")))
     if not rows or options["examples"] > len(rows):
-        fail(
-            f"{run}/annotations: {len(rows)} examples to train on; --examples asks for {options['examples']}."
-        )
+        fail(f"{run}/annotations: {len(rows)} examples to train on, --examples {options['examples']}.")
     return random.Random(options["seed"]).sample(rows, options["examples"]) if options["examples"] else rows
 
 
@@ -212,7 +198,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> f
 
 
 def sft(options: Options, run: Path, folder: Path) -> None:
-    """Minimise the mean cross-entropy of the answer tokens; one adapter an epoch. Runs on every rank, resumes."""
+    """Minimise the mean cross-entropy of the answer tokens, on every rank; one adapter an epoch. Resumes."""
     rows, tokenizer = training_rows(options, run), annotate.load_tokenizer(options["model"])
     rubrics = read_rubrics(run) if options["rubrics"] else None
     size, batches = options["batch"], math.ceil(len(rows) / options["batch"])
@@ -223,21 +209,18 @@ def sft(options: Options, run: Path, folder: Path) -> None:
         rewind(folder / "metrics.jsonl", first)
 
     def example(row: Row) -> Pair:
+        thinking = row["reasoning"] if options["reasoning"] else None
         prompt = judge_prompt(tokenizer, row_messages(row, rubrics), options["reasoning"])
-        return prompt, judge_answer(
-            tokenizer, row["label"], row["reasoning"] if options["reasoning"] else None
-        )
+        return prompt, judge_answer(tokenizer, row["label"], thinking)
 
     for step in tqdm(range(first, steps), initial=first, total=steps, desc="fine-tuning", disable=rank > 0):
         began, (epoch, place) = time.perf_counter(), divmod(step, batches)
         order = random.Random(f"{options['seed']} {epoch}").sample(rows, len(rows))
         # Sorted, so that neighbours share as long a prefix as they can; a rank's share are neighbours.
-        batch = sorted(
-            order[place * size : (place + 1) * size], key=lambda row: (row["instruction"], row["output"])
-        )
+        batch = sorted(order[place * size :][:size], key=lambda row: (row["instruction"], row["output"]))
         pairs = [example(row) for row in batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]]
         pairs = [
-            p for p in pairs if len(p[0]) <= options["max_prompt"] and len(p[1]) <= options["max_thinking"]
+            (p, a) for p, a in pairs if len(p) <= options["max_prompt"] and len(a) <= options["max_thinking"]
         ]
         tokens, used = over_ranks([sum(len(answer) for _, answer in pairs), len(pairs)])
         if not used and step == first:
@@ -250,11 +233,7 @@ def sft(options: Options, run: Path, folder: Path) -> None:
         lr = learning_rate(step, steps, options["lr"])
         norm = optimizer_step(model, optimizer, lr)
         record = {"step": step, "epoch": epoch, "loss": over_ranks([loss])[0], "lr": lr, "grad_norm": norm}
-        record |= {
-            "answer_tokens": tokens,
-            "left_out": len(batch) - used,
-            "seconds": time.perf_counter() - began,
-        }
+        record |= {"tokens": tokens, "left_out": len(batch) - used, "seconds": time.perf_counter() - began}
         if rank == 0:
             annotate.append_jsonl(folder / "metrics.jsonl", record)
             if place + 1 == batches:
@@ -299,14 +278,13 @@ def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
 
 
 def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
-    shared = os.path.commonprefix([pairs[i][0] for i in members])
-    prefix = len(shared)
-    result = Pack(list(shared), list(range(prefix)), [0] * prefix, [], [], [])
+    prompts = [pairs[i][0] for i in members]
+    first, last = min(prompts), max(prompts)  # in dictionary order: what these share, all share
+    prefix = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    result = Pack(first[:prefix], list(range(prefix)), [0] * prefix, [], [], [])
     for branch, index in enumerate(members, 1):
         prompt, answer = pairs[index]
-        first = (
-            len(result.ids_S) + len(prompt) - prefix
-        )  # where the answer begins; its predictor is one before
+        first = len(result.ids_S) + len(prompt) - prefix  # of the answer; its predictor is one before
         tokens = [*prompt[prefix:], *answer[:-1]]  # nothing follows the last token, so it is not fed
         result.ids_S += tokens
         result.positions_S += range(prefix, prefix + len(tokens))
@@ -336,20 +314,18 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0) -> Any:
 
 
 def check_forward(model: Any, name: str) -> None:
-    """End the command where `answer_logprobs` is not the class's own forward pass (scaled logits, a window)."""
+    """End the command where `answer_logprobs` is not the class's own forward pass (scaled logits, window)."""
     import torch
 
     base, prompt, answer = model.get_base_model(), list(range(20, 40)), [41, 42, 43, 44]
     with torch.no_grad():
         (ours_A,) = (answer_logprobs(model, packed) for packed in pack([(prompt, answer)], 512))
-        logits = base(input_ids=torch.tensor([prompt + answer], device=base.device)).logits[
-            0, len(prompt) - 1 : -1
-        ]
+        logits = base(torch.tensor([prompt + answer], device=base.device)).logits[0, len(prompt) - 1 : -1]
     own_A = logits.float().log_softmax(-1)[range(4), answer]
     exact = torch.allclose(ours_A, own_A, atol=1e-3 if base.dtype == torch.float32 else 0.3)
     if not exact or getattr(base.config, "sliding_window", None):
         fail(
-            f"{name}: {type(base).__name__} scales its logits or attends in a window; it would be trained wrongly."
+            f"{name}: {type(base).__name__} scales its logits or has a window, and would be trained wrongly."
         )
 
 
@@ -391,32 +367,21 @@ def agreement(judgements: Sequence[Row], pairwise: bool = False) -> dict[str, fl
         value = krippendorff_alpha([(j["gold"], j[key]) for j in valid])
         return None if value is None else 100 * value
 
-    right = {
-        place: [j["label"] == j["gold"] for j in valid if place in (0, j["gold"])] for place in (0, 1, 2)
-    }
+    right = {gold: [j["label"] == j["gold"] for j in valid if gold in (0, j["gold"])] for gold in (0, 1, 2)}
     if pairwise:
-        scores = {
-            "accuracy": percent(right[0]),
-            "accuracy_1": percent(right[1]),
-            "accuracy_2": percent(right[2]),
+        scores = {"accuracy": percent(right[0])} | {
+            f"accuracy_{gold}": percent(right[gold]) for gold in (1, 2)
         }
         scores["says_1"] = percent([j["label"] == 1 for j in valid])
     else:
         scores = {"alpha": alpha("label"), "alpha_expected": alpha("expected")}
         scores["exact"] = percent([j["label"] == j["gold"] for j in valid])
-    thinking = sum(j["thinking_tokens"] for j in judgements) / n
-    return {
-        **scores,
-        "invalid": 100 * (1 - len(valid) / n),
-        "thinking_tokens": thinking,
-        "n": len(judgements),
-    }
+    scores |= {"invalid": 100 * (1 - len(valid) / n), "n": len(judgements)}
+    return {**scores, "thinking_tokens": sum(j["thinking_tokens"] for j in judgements) / n}
 
 
 def describe(scores: dict[str, float | None]) -> str:
-    return ", ".join(
-        f"{name} {'none' if value is None else f'{value:.1f}'}" for name, value in scores.items()
-    )
+    return ", ".join(f"{name} {'none' if x is None else f'{x:.1f}'}" for name, x in scores.items())
 
 
 def selection_score(scores: dict[str, Any]) -> float:
@@ -425,9 +390,8 @@ def selection_score(scores: dict[str, Any]) -> float:
     The expected score, because it rewards the policies: the most likely digit can agree with gold while the
     distribution behind it is almost flat. In pairs: the mean accuracy of both places of gold's choice.
     """
-    values = [
-        scores[key] for key in ("alpha_expected", "accuracy_1", "accuracy_2") if scores.get(key) is not None
-    ]
+    names = ("alpha_expected", "accuracy_1", "accuracy_2")
+    values = [scores[name] for name in names if scores.get(name) is not None]
     return fmean(values) * (1 - scores["invalid"] / 100) if values else -math.inf
 
 
@@ -446,16 +410,14 @@ VARIANTS = ("effort", "rubrics", "pairwise")
 
 
 def choose_epoch(options: Options, run: Path, folder: Path) -> None:
-    """Judge the validation outputs with each epoch's adapter; the one of best `selection_score` is the judge."""
+    """Judge the validation outputs with each epoch's adapter; the best `selection_score` makes the judge."""
     rows = labelled(run, "judge_validation", pairwise=options["pairwise"])
     tokenizer, scores = annotate.load_tokenizer(options["model"]), {}
     with serve_adapters([options], run, options["gpus"]) as endpoint:
         for name in (f"epoch-{epoch}" for epoch in range(1, options["epochs"] + 1)):
             endpoint.load_adapter(name, folder / name)
-            judge, path = (
-                open_judge(endpoint, tokenizer, name, options, run),
-                folder / f"validation-{name[6:]}.jsonl",
-            )
+            judge = open_judge(endpoint, tokenizer, name, options, run)
+            path = folder / f"validation-{name[6:]}.jsonl"
             records = judge_rows(path, judge, rows, name, options["threads"])
             scores[name] = agreement(records, options["pairwise"])
             print(f"{name}: {describe(scores[name])}", flush=True)
@@ -467,11 +429,9 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
 
 def open_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Row, run: Path) -> Judge:
     """The judge described by `record` (a judge.json, or the options it came from) behind `endpoint`."""
-    rubrics = read_rubrics(run) if record.get("rubrics") else None
     settings = {key: record[key] for key in ("reasoning", "max_thinking", "max_prompt", "temperature")}
-    return Judge(
-        endpoint, tokenizer, adapter, **settings, rubrics=rubrics, pairwise=record.get("pairwise", False)
-    )
+    settings["rubrics"] = read_rubrics(run) if record.get("rubrics") else None
+    return Judge(endpoint, tokenizer, adapter, **settings, pairwise=record.get("pairwise", False))
 
 
 def serve_adapters(records: Sequence[Row], run: Path, gpus: str, count: int = 1, memory: float = 0.9) -> Any:
@@ -483,14 +443,12 @@ def serve_adapters(records: Sequence[Row], run: Path, gpus: str, count: int = 1,
 
 
 def find_judge(run: Path, name: str) -> tuple[Path, Row]:
-    """(folder, judge.json) of the judge `name`; 'reasoning' means reasoning-rl if that was begun, else -sft."""
+    """(folder, judge.json) of the judge `name`; 'reasoning' means reasoning-rl if begun, else -sft."""
     folder = run / "judges" / name
     if not folder.exists() and not name.endswith(("-sft", "-rl")):
         folder = run / "judges" / f"{name}-{'rl' if (run / 'judges' / f'{name}-rl').exists() else 'sft'}"
     stage = "03_rl.py judge" if folder.name.endswith("-rl") else "02_train_judge.py"
-    annotate.require(
-        folder / "judge.json", f"{stage} --run {run}, or ask for another judge than {folder.name}"
-    )
+    annotate.require(folder / "judge.json", f"{stage} --run {run}, or ask for another judge")
     record = annotate.read_json(folder / "judge.json", ("adapter", *DESCRIBES))
     check_adapter(folder / record["adapter"], record["model"], record["lora_rank"])
     return folder, record
@@ -500,9 +458,7 @@ def check_adapter(folder: Path, model: str, rank: int) -> Path:
     """`folder`, a PEFT adapter for `model` of `rank`; another base or rank ends the command."""
     config = annotate.read_json(folder / "adapter_config.json", ["base_model_name_or_path", "r"])
     if (config["base_model_name_or_path"], config["r"]) != (model, rank):
-        fail(
-            f"{folder}/adapter_config.json: not an adapter of rank {rank} for {model}. Restore it, or train again."
-        )
+        fail(f"{folder}/adapter_config.json: no adapter of rank {rank} for {model}. Train it again.")
     return folder
 
 
@@ -523,9 +479,7 @@ def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
     if "," in gpus:
         address = f"tcp://127.0.0.1:{annotate.free_port()}"
         try:
-            torch.multiprocessing.spawn(
-                enter_rank, (gpus, address, work, arguments), nprocs=gpus.count(",") + 1
-            )
+            torch.multiprocessing.spawn(enter_rank, (gpus, address, work, arguments), gpus.count(",") + 1)
         except torch.multiprocessing.ProcessExitedException as error:  # it has said why
             raise SystemExit(error.exit_code) from None
     else:
@@ -606,18 +560,16 @@ def load_model(name: str, adapter: Path | None, rank: int, modules: Sequence[str
     gpu = torch.cuda.is_available()
     torch.manual_seed(seed)
     how = {"dtype": torch.bfloat16 if gpu else torch.float32, "attn_implementation": "sdpa"}
-    base = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how).to(
-        "cuda" if gpu else "cpu"
-    )
+    base = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
+    base = base.cuda() if gpu else base
     if gpu:  # trade a third more compute for not keeping activations
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     if adapter:
         model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
-        model = peft.get_peft_model(
-            base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules))
-        )
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules))
+        model = peft.get_peft_model(base, config)
     check_forward(model, name)
     return model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
 
@@ -663,9 +615,7 @@ def latest_state(folder: Path) -> tuple[int, Path | None]:
 
 def rewind(path: Path, steps: int) -> None:
     """Keep the records of the first `steps` steps: later ones will be made again."""
-    annotate.write_jsonl(
-        path, [record for record in annotate.read_jsonl(path, ["step"]) if record["step"] < steps]
-    )
+    annotate.write_jsonl(path, [r for r in annotate.read_jsonl(path, ["step"]) if r["step"] < steps])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -706,12 +656,8 @@ def main(
     reasoning: Annotated[bool, Option("--reasoning/--no-reasoning", help="Learn gold's reasoning too.")],
     preset: Preset = None,
     effort: Annotated[str, Option(help="Of the reasoning to learn, e.g. low (01 --efforts).")] = "",
-    pairwise: Annotated[
-        bool, Option("--pairwise", help="Learn which of two is better (01 --pairs).")
-    ] = False,
-    rubrics: Annotated[
-        bool, Option("--rubrics", help="Show the judge gold's rubrics (01 --rubrics).")
-    ] = False,
+    pairwise: Annotated[bool, Option("--pairwise", help="Learn which of two is better.")] = False,
+    rubrics: Annotated[bool, Option("--rubrics", help="Show the judge gold's rubrics.")] = False,
     model: Annotated[str, Option(help="Base model. Paper: Qwen3-1.7B to 14B.")] = annotate.LAPTOP_MODEL,
     lora_rank: LoraRank = 16,
     lr: Annotated[float, Option(min=1e-9, max=1, help="Peak rate. Paper: 1e-5, all weights.")] = 2e-3,
@@ -736,13 +682,9 @@ def main(
     if pairwise:  # two outputs to read and to reason about
         options |= {"max_thinking": 2 * max_thinking, "max_prompt": 2 * max_prompt}
     check_context(model, options["max_prompt"] + options["max_thinking"], "--max-prompt and --max-thinking")
-    kind = [
-        "reasoning" if reasoning else "direct",
-        "pairwise" * pairwise,
-        options["effort"],
-        "rubrics" * rubrics,
-    ]
-    folder = run / "judges" / f"{name or '-'.join(filter(None, kind))}-sft"
+    kind = "reasoning" if reasoning else "direct"
+    parts = kind, "pairwise" * pairwise, options["effort"], "rubrics" * rubrics
+    folder = run / "judges" / f"{name or '-'.join(filter(None, parts))}-sft"
     training_rows(options, run)  # missing data end the command here
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():

@@ -18,15 +18,15 @@ A step, as in nearly every RL of language models today:
 
 Simpler than the paper, and why:
  1. LoRA, at 100 times the learning rate and more: publishing is a file of some megabytes.
- 2. The old log-probabilities of eq. 2 are the sampler's own: they belong to the distribution that the rollouts
-    really came from, and cost no forward pass. `logprob_gap` is their distance from the trainer's.
+ 2. The old log-probabilities of eq. 2 are the sampler's own: they belong to the distribution that the
+    rollouts came from, and cost no forward pass. `logprob_gap` is their distance from the trainer's.
  3. A rollout cut off at its length limit is judged and trained on like any other.
- 4. No DDP: each rank works on its own share of a step's prompts; one sum over the adapter's gradients joins them.
+ 4. No DDP: each rank works on its share of a step's prompts; one sum over the gradients joins them.
 
     python 03_rl.py judge  --preset laptop --run runs/demo --judge reasoning
     python 03_rl.py policy --preset laptop --run runs/demo --judge direct
     python 03_rl.py policy --preset laptop --run runs/demo --judge reasoning
-    python 03_rl.py policy --run runs/paper --judge reasoning --policy-gpus 0,1 --judge-gpus 2,3,4,5 --train-gpus 6,7
+    python 03_rl.py policy --run runs/x --judge reasoning --policy-gpus 0,1 --judge-gpus 2,3 --train-gpus 4,5
 
 From stage 2: `pack`, `answer_logprobs`, `optimizer_step`, the saved state, `on_ranks`, and `ask_judge`.
 """
@@ -93,7 +93,7 @@ def group_advantages(rewards_G: Sequence[float | None], floor: float, scale: boo
     """(r - mean) / max(std, floor) over the rewarded rollouts of one group; 0 for one without reward.
 
     std is that of the population. Expected scores hardly ever tie, so without the floor a group whose rewards
-    differ by a hair would be trained on as hard as any other: judge noise. `scale` False: no division (Dr. GRPO).
+    differ by a hair would be trained on as hard as any other. `scale` False: no division (Dr. GRPO).
     """
     known = [r for r in rewards_G if r is not None]
     mean, spread = (fmean(known), max(pstdev(known), floor)) if known else (0.0, 0.0)
@@ -105,7 +105,7 @@ def grpo_loss(
     logprobs_A: Any, old_A: Any, advantages_A: Any, weights_A: Any, clip: tuple[float, float],
     beta: float = 0.0, reference_A: Any = None,
 ) -> Any:  # fmt: skip
-    """Minus eq. 2, the part of the A answer tokens given (all shapes [A]); a scalar, to be summed over all parts.
+    """Minus eq. 2, the part of the A answer tokens given (all shapes [A]); a scalar, to be summed over parts.
 
     `weights_A` is 1 / (|y| N) for a token of a rollout of |y| tokens, N being the rollouts of the whole
     optimiser step: so the mean over tokens, then over rollouts, comes out right whatever part of the step is
@@ -137,16 +137,20 @@ class Rollout:
     notes: Row
 
 
+Groups = list[list[Rollout]]
+Rewards = tuple[list[float | None], list[Row]]  # of a group's rollouts, and what to note of each
+
+
 @dataclass
 class Task:
     """What the loop is asked to maximise: it knows nothing else of judges and policies.
 
-    `rewards(row, samples_G, pool)` gives the rewards of a group and notes on each, asking its judge in `pool`.
+    `rewards(row, samples_G, pool)`: the rewards of a group and notes on each; its judge is asked in `pool`.
     """
 
     rows: Sequence[Row]
     prompt: Callable[[Row], list[int]]
-    rewards: Callable[[Row, Sequence[Any], Executor], tuple[list[float | None], list[Row]]]
+    rewards: Callable[[Row, Sequence[Any], Executor], Rewards]
     start: Path | None = None  # adapter to begin with
 
 
@@ -171,9 +175,8 @@ def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
 
         # 4. Update.
         ends = list(itertools.accumulate(map(len, shares), initial=0))
-        updates = [
-            update(model, optimizer, groups[a:b], options, a == 0) for a, b in itertools.pairwise(ends)
-        ]
+        cuts = itertools.pairwise(ends)
+        updates = [update(model, optimizer, groups[a:b], options, a == 0) for a, b in cuts]
         trained = time.perf_counter()
 
         # 5. Publish.
@@ -184,9 +187,8 @@ def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
         # Record.
         records = gather_records(groups, step)
         if rank == 0:
-            annotate.append_jsonl(
-                folder / "metrics.jsonl", {"step": step, **measure(records, updates, options), **seconds}
-            )
+            metrics = {"step": step, **measure(records, updates, options), **seconds}
+            annotate.append_jsonl(folder / "metrics.jsonl", metrics)
             for record in records[:SAVE_ROLLOUTS]:
                 annotate.append_jsonl(folder / "rollouts.jsonl", record)
             if step % SHOW_EVERY == 0:
@@ -199,15 +201,11 @@ def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
 def prompts_of_step(rows: Sequence[Row], step: int, prompts: int, seed: int) -> list[Row]:
     """The rows of `step`: a new seeded order in every pass over the data, a function of the step alone."""
     places = [divmod(index, len(rows)) for index in range(step * prompts, (step + 1) * prompts)]
-    orders = {
-        epoch: random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows)) for epoch, _ in places
-    }
-    return [rows[orders[epoch][place]] for epoch, place in places]
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(rows, len(rows)) for epoch, _ in places}
+    return [orders[epoch][place] for epoch, place in places]
 
 
-def collect(
-    endpoint: Any, adapter: str, task: Task, rows: Sequence[Row], options: Options
-) -> list[list[Rollout]]:
+def collect(endpoint: Any, adapter: str, task: Task, rows: Sequence[Row], options: Options) -> Groups:
     """A group of G rewarded rollouts for each of `rows`; a group is judged while others are still sampled."""
 
     def one_group(row: Row) -> list[Rollout]:
@@ -243,24 +241,20 @@ def update(model: Any, optimizer: Any, groups: Sequence[Any], options: Options, 
     count, all_tokens, active = sft.over_ranks([len(rewarded), lengths, len(rollouts)])
     if not active:
         return {"tokens": 0}
-    clip, beta, temperature = (
-        (options["clip_low"], options["clip_high"]),
-        options["beta"],
-        options["temperature"],
-    )
+    clip, beta = (options["clip_low"], options["clip_high"]), options["beta"]
     sums: Counter[str] = Counter()
     for packed in sft.pack([(r.prompt, r.sample.tokens_T) for r in rollouts], options["tokens_per_pass"]):
         members = [rollouts[i] for i in dict.fromkeys(packed.owners_A)]
         sizes = [len(r.sample.tokens_T) for r in members]
         norms = [1 / all_tokens if options["token_mean"] else 1 / (size * count) for size in sizes]
-        new_A = sft.answer_logprobs(model, packed, temperature)
+        new_A = sft.answer_logprobs(model, packed, options["temperature"])
         old_A = new_A.new_tensor([x for r in members for x in r.sample.logprobs_T])
         advantages_A = new_A.new_tensor([r.advantage for r, size in zip(members, sizes) for _ in range(size)])
         weights_A = new_A.new_tensor([norm for norm, size in zip(norms, sizes) for _ in range(size)])
         reference_A = None
         if beta:  # the base model, where every policy starts
             with torch.no_grad(), model.disable_adapter():
-                reference_A = sft.answer_logprobs(model, packed, temperature)
+                reference_A = sft.answer_logprobs(model, packed, options["temperature"])
         grpo_loss(new_A, old_A, advantages_A, weights_A, clip, beta, reference_A).backward()
 
         gap_A = new_A.detach() - old_A
@@ -271,14 +265,12 @@ def update(model: Any, optimizer: Any, groups: Sequence[Any], options: Options, 
         if beta:
             difference = reference_A - new_A.detach()
             sums["kl"] += (difference.exp() - difference - 1).sum().item()
-    names = ("tokens", "logprob_gap", "clipped_low", "clipped_high", "kl")
+    names = ("tokens", "logprob_gap", *MEANS)
     tokens, *totals = sft.over_ranks([sums[name] for name in names])
-    shares = dict(zip(names[1:], (total / tokens for total in totals)))
-    if shares["logprob_gap"] > 2:
-        fail(
-            f"log-probabilities of trainer and sampler differ by {shares['logprob_gap']:.1f} a token. Lower --lr."
-        )
-    return {"tokens": tokens, **shares, "grad_norm": sft.optimizer_step(model, optimizer, options["lr"])}
+    means = dict(zip(names[1:], (total / tokens for total in totals)))
+    if fresh and (gap := means["logprob_gap"]) > 0.5:
+        fail(f"sampler and trainer differ by {gap:.1f} a token: the server has other weights.")
+    return {"tokens": tokens, **means, "grad_norm": sft.optimizer_step(model, optimizer, options["lr"])}
 
 
 def publish(endpoint: Any, model: Any, folder: Path, step: int) -> str:
@@ -311,19 +303,12 @@ def gather_records(groups: Sequence[Sequence[Rollout]], step: int) -> list[Row]:
 
     rank, ranks = sft.rank_and_size()
     records = []
-    for number, r in ((f"{rank}.{g}-{n}", r) for g, group in enumerate(groups) for n, r in enumerate(group)):
-        record = {
-            "id": f"{step}-{number}",
-            "step": step,
-            "prompt_id": r.row["id"],
-            "instruction": r.row["instruction"],
-        }
-        record |= {
-            "completion": r.sample.text,
-            "tokens": len(r.sample.tokens_T),
-            "finished": r.sample.finished,
-        }
-        records.append(record | {"reward": r.reward, "advantage": round(r.advantage, 4), **r.notes})
+    for g, group in enumerate(groups):
+        for n, r in enumerate(group):
+            about = {"id": f"{step}-{rank}.{g}-{n}", "step": step, "prompt_id": r.row["id"]}
+            about |= {"instruction": r.row["instruction"], "completion": r.sample.text}
+            about |= {"tokens": len(r.sample.tokens_T), "finished": r.sample.finished}
+            records.append({**about, "reward": r.reward, "advantage": round(r.advantage, 4), **r.notes})
     if ranks == 1:
         return records
     shares: list[Any] = [None] * ranks
@@ -336,9 +321,7 @@ def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) ->
 
     `logprob_gap` is of the first minibatch that ran, when trainer and sampler still have the same weights.
     """
-    groups = [
-        list(group) for _, group in itertools.groupby(records, key=lambda r: r["id"].rpartition("-")[0])
-    ]
+    groups = [list(g) for _, g in itertools.groupby(records, key=lambda r: r["id"].rpartition("-")[0])]
     rewards = [[r["reward"] for r in group if r["reward"] is not None] for group in groups]
     spreads = [pstdev(group) if group else 0.0 for group in rewards]
     known, ran = [reward for group in rewards for reward in group], [u for u in updates if u["tokens"]]
@@ -362,9 +345,8 @@ def show(records: Sequence[Row], step: int) -> None:
     first = [r for r in records if r["prompt_id"] == records[0]["prompt_id"] and r["reward"] is not None]
     for name, pick in (("worst", min), ("best ", max)) if first else ():
         record = pick(first, key=lambda r: r["reward"])
-        tqdm.write(
-            f"  step {step}, {name} {record['reward']:5.2f}: {' '.join(record['completion'].split())[:160]}"
-        )
+        text = " ".join(record["completion"].split())
+        tqdm.write(f"  step {step}, {name} {record['reward']:5.2f}: {text[:160]}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,11 +365,10 @@ def judge_task(options: Options, run: Path) -> Task:
     def prompt(row: Row) -> list[int]:
         return sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
 
-    def rewards(row: Row, samples_G: Sequence[Any], pool: Executor) -> tuple[list[float | None], list[Row]]:
+    def rewards(row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
         read_G = [read_score(s.text, judge["reasoning"], labels) if s.finished else None for s in samples_G]
-        notes_G = [
-            {"label": x, "gold": row["label"], "cause": "ill-formed" if x is None else None} for x in read_G
-        ]
+        causes = {True: "ill-formed", False: None}
+        notes_G = [{"label": x, "gold": row["label"], "cause": causes[x is None]} for x in read_G]
         return [reward(label, row["label"]) for label in read_G], notes_G
 
     rows = sft.labelled(run, "judge_train", pairwise=judge.get("pairwise"))
@@ -398,29 +379,23 @@ def judge_task(options: Options, run: Path) -> Task:
 Ask = Callable[..., Row]  # (instruction, output, other=None) -> verdict
 
 
-def pointwise_rewards(
-    ask: Ask, row: Row, samples_G: Sequence[Any], pool: Executor
-) -> tuple[list[Any], list[Row]]:
+def pointwise_rewards(ask: Ask, row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
     """The expected score of each rollout (paper, section 2.3)."""
     verdicts_G = list(pool.map(lambda sample: ask(row["instruction"], sample.text.strip()), samples_G))
     notes = ("label", "thinking", "cause")
     return [v["expected"] for v in verdicts_G], [{key: v.get(key) for key in notes} for v in verdicts_G]
 
 
-def pairwise_rewards(
-    ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any], pool: Executor
-) -> tuple[list[Any], list[Row]]:
+def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
     """Eq. 4: the share of the others in its group that a rollout beats; a tie is half a win.
 
-    Each pair is judged once, in random order, because judges lean to one place. Calls grow as G^2, unless each
-    rollout meets only its `opponents` nearest neighbours in a circle. An invalid judgement counts for neither.
+    Each pair is judged once, in random order, because judges lean to one place. Calls grow as G^2, unless a
+    rollout meets only its `opponents` nearest neighbours in a circle. An invalid judgement counts for none.
     """
     group, texts_G = len(samples_G), [sample.text.strip() for sample in samples_G]
     reach = opponents // 2 or group
-    pairs = [
-        p for p in itertools.combinations(range(group), 2) if min(p[1] - p[0], group - p[1] + p[0]) <= reach
-    ]
-    games = [random.sample(pair, 2) for pair in pairs]
+    pairs = itertools.combinations(range(group), 2)
+    games = [random.sample((a, b), 2) for a, b in pairs if min(b - a, group - b + a) <= reach]
     verdicts = list(pool.map(lambda game: ask(row["instruction"], texts_G[game[0]], texts_G[game[1]]), games))
     points: list[list[float]] = [[] for _ in range(group)]
     for (a, b), expected in zip(games, (verdict["expected"] for verdict in verdicts)):
@@ -440,14 +415,12 @@ def policy_task(options: Options, run: Path, ask: Ask) -> Task:
         return annotate.policy_prompt(tokenizer, row["instruction"])
 
     pairwise = (options["judge_record"] or {}).get("pairwise")
-    rewards = (
-        partial(pairwise_rewards, ask, options["opponents"]) if pairwise else partial(pointwise_rewards, ask)
-    )
+    rewards = partial(pointwise_rewards, ask)
+    if pairwise:
+        rewards = partial(pairwise_rewards, ask, options["opponents"])
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
-    rows = [
-        row for row in rows if row["split"] == "policy_train" and len(prompt(row)) <= options["max_prompt"]
-    ]
-    return Task(rows, prompt, rewards)
+    rows = [row for row in rows if row["split"] == "policy_train"]
+    return Task([row for row in rows if len(prompt(row)) <= options["max_prompt"]], prompt, rewards)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -465,9 +438,8 @@ def judge_to_please(options: Options, run: Path, door: Any) -> Iterator[Ask | No
         yield None
     elif record:
         tokenizer = annotate.load_tokenizer(record["model"])
-        yield partial(
-            sft.ask_judge, sft.open_judge(annotate.Endpoint(*door), tokenizer, "judge", record, run)
-        )
+        judge = sft.open_judge(annotate.Endpoint(*door), tokenizer, "judge", record, run)
+        yield partial(sft.ask_judge, judge)
     elif options["judge"] == TRUTH:
         yield lambda text, output: {"expected": annotate.truth(text, output)}
     else:
@@ -488,7 +460,7 @@ def train(options: Options, run: Path, folder: Path, record: Row, adapter: Path 
     """Start the servers, train on all ranks, and write `record` to say that it is done.
 
     One server plays policy and judge (`adapter`) where both have the same base model. A server alone on a GPU
-    takes 0.9 of its memory, servers that share one equal parts, and half of that is left to a rank that trains.
+    takes 0.9 of its memory, servers that share one equal parts; half of it is left to a rank that trains.
     """
     mine, others = options["policy_gpus"], options["judge_gpus"] if adapter else ""
     judge, ranks = options["judge_record"], set(options["train_gpus"].split(","))
@@ -501,9 +473,8 @@ def train(options: Options, run: Path, folder: Path, record: Row, adapter: Path 
         return (0.45 if set(gpus.split(",")) & ranks else 0.9) / users
 
     with contextlib.ExitStack() as stack:
-        servers = [
-            sft.serve_adapters([options, judge] if same else [options], run, mine, 1 + same, memory(mine))
-        ]
+        users = [options, judge] if same else [options]
+        servers = [sft.serve_adapters(users, run, mine, 1 + same, memory(mine))]
         servers += [sft.serve_adapters([judge], run, others, 1, memory(others))] if others else []
         endpoints = [stack.enter_context(server) for server in servers]
         if adapter:
@@ -545,12 +516,8 @@ Run, JudgePreset, _ = annotate.run_and_preset(JUDGE_PRESETS)
 PolicyRun, PolicyPreset, _ = annotate.run_and_preset(POLICY_PRESETS)
 Start = StrEnum("Start", ["sft", "base"])
 
-Steps = Annotated[
-    int, Option(min=1, help="Steps of sampling and --minibatches updates. Paper: 100-200, 1200.")
-]
-Prompts = Annotated[
-    int, Option(min=1, help="P, prompts of a step. Paper: batch 2048, 1024 (of what? silent).")
-]
+Steps = Annotated[int, Option(min=1, help="Each of --minibatches updates. Paper: 100-200, 1200.")]
+Prompts = Annotated[int, Option(min=1, help="P, prompts of a step. Paper: batch 2048, 1024 (of what?).")]
 Group = Annotated[int, Option(min=2, help="G, rollouts of a prompt. Paper: 8.")]
 Minibatches = Annotated[int, Option(min=1, help="Optimiser steps of one batch. Paper: 4.")]
 Rate = Annotated[float, Option(min=0, max=1, help="Learning rate. Paper: 1e-6, full fine-tuning.")]
@@ -572,9 +539,7 @@ def train_judge(
     ctx: typer.Context,
     run: Run,
     preset: JudgePreset = None,
-    judge: Annotated[
-        str, Option(help="The judge to go on with: reasoning, direct, or a --name of 02.")
-    ] = "reasoning",
+    judge: Annotated[str, Option(help="To go on with: reasoning, direct, a --name of 02.")] = "reasoning",
     start: Annotated[Start, Option("--from", help="sft, or base: RL only (paper, section 4.1).")] = Start.sft,
     name: Name = "",
     steps: Steps = 4,
@@ -597,10 +562,8 @@ def train_judge(
     seed: annotate.Seed = 0,
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
-    judge, options = (
-        judge.removesuffix("-sft"),
-        {key: value for key, value in ctx.params.items() if key != "run"},
-    )
+    options = {key: value for key, value in ctx.params.items() if key != "run"}
+    judge = judge.removesuffix("-sft")
     folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
     source, adapter = run / "judges" / f"{judge}-sft" / "judge.json", None
     if start == "sft" or source.exists():
@@ -613,16 +576,10 @@ def train_judge(
         record = {key: record[key] for key in (*sft.DESCRIBES, *sft.VARIANTS)}
     record["max_thinking"] = options["max_tokens"] = max(max_tokens, record["max_thinking"])
     options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
-    options |= {
-        "task": "judge",
-        "judge_record": record,
-        "start": str(adapter or ""),
-        "beta": 0.0,
-        "policy_gpus": judge_gpus,
-    }
-    sft.check_context(
-        options["model"], options["max_prompt"] + options["max_tokens"], "--max-tokens and the prompt"
-    )
+    options |= {"task": "judge", "judge_record": record, "start": str(adapter or "")}
+    options |= {"beta": 0.0, "policy_gpus": judge_gpus}
+    room = options["max_prompt"] + options["max_tokens"]
+    sft.check_context(options["model"], room, "--max-tokens and the prompt")
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         train(options, run, folder, {**record, "adapter": f"checkpoints/step-{steps:06d}"})
@@ -633,13 +590,11 @@ def train_judge(
 def train_policy(
     ctx: typer.Context,
     run: PolicyRun,
-    judge: Annotated[
-        str, Option(help="direct, reasoning (its RL form, if any), a folder in RUN/judges, gold, truth.")
-    ],
+    judge: Annotated[str, Option(help="direct, reasoning, another folder of RUN/judges, gold, truth.")],
     preset: PolicyPreset = None,
     name: Name = "",
     model: Annotated[
-        str, Option(help="Base model. Paper: Llama-3.1-8B-Instruct and two more.")
+        str, Option(help="Base model. Paper: Llama-3.1-8B and two more.")
     ] = annotate.LAPTOP_MODEL,
     lora_rank: sft.LoraRank = 16,
     steps: Steps = 24,
@@ -647,22 +602,16 @@ def train_policy(
     group: Group = 6,
     minibatches: Minibatches = 2,
     lr: Rate = 1e-3,
-    beta: Annotated[
-        float, Option(min=0, help="Weight of the KL term against the base model. Paper: 0.")
-    ] = 0.0,
+    beta: Annotated[float, Option(min=0, help="Of the KL term against the base model. Paper: 0.")] = 0.0,
     temperature: Temperature = 0.7,
-    max_prompt: Annotated[
-        int, Option(min=1, help="Longest prompt; longer ones are left out. Paper: 2048.")
-    ] = 256,
+    max_prompt: Annotated[int, Option(min=1, help="Longer prompts are left out. Paper: 2048.")] = 256,
     max_tokens: MaxTokens = 40,
     std_floor: StdFloor = 0.1,
     scale_std: ScaleStd = True,
     token_mean: TokenMean = False,
     clip_low: ClipLow = 0.2,
     clip_high: ClipHigh = 0.3,
-    opponents: Annotated[
-        int, Option(min=0, help="Pairwise: others that a rollout meets (even); 0: all.")
-    ] = 0,
+    opponents: Annotated[int, Option(min=0, help="Pairwise: so many others (even); 0: all.")] = 0,
     tokens_per_pass: sft.TokensPerPass = 512,
     checkpoint_every: Every = 4,
     threads: annotate.Threads = 64,
@@ -672,35 +621,22 @@ def train_policy(
     seed: annotate.Seed = 0,
 ) -> None:
     """Train a policy against a judge (its expected score), or, as a control, straight on gold or truth."""
-    options, folder = (
-        {key: value for key, value in ctx.params.items() if key != "run"},
-        run / "policies" / (name or judge),
-    )
-    options |= {
-        "task": "policy",
-        "judge_record": None,
-        "lora_modules": sft.modules_of(options["preset"]),
-    }
+    options = {key: value for key, value in ctx.params.items() if key != "run"}
+    folder = run / "policies" / (name or judge)
+    options |= {"task": "policy", "judge_record": None, "lora_modules": sft.modules_of(options["preset"])}
     adapter, gold = None, annotate.read_options(run / "annotations")
     if judge not in (GOLD, TRUTH):
         source, options["judge_record"] = sft.find_judge(run, judge)
         options["judge"], adapter = source.name, source / options["judge_record"]["adapter"]
     elif gold["gold"] != "oracle" and (judge == TRUTH or not gold["gold_url"]):
-        fail(
-            f"--judge {judge}: truth belongs to the laptop; a chat gold must be served already (01 --gold-url)."
-        )
+        fail(f"--judge {judge}: truth is the laptop's; a chat gold must be served already (01 --gold-url).")
     if opponents % 2:
         fail(f"--opponents {opponents}: must be even, half of them on each side in the circle.")
     sft.check_context(model, max_prompt + max_tokens, "--max-prompt and --max-tokens")
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
-        train(
-            options,
-            run,
-            folder,
-            {key: value for key, value in options.items() if key != "judge_record"},
-            adapter,
-        )
+        record = {key: value for key, value in options.items() if key != "judge_record"}
+        train(options, run, folder, record, adapter)
     report(folder)
 
 

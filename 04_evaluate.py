@@ -1,9 +1,8 @@
 """Stage 4: what the gold judge thinks of each policy, how far each judge agrees with it, and Arena-Hard.
 
-    gold          every checkpoint of every policy, scored by its own judge and by gold: the paper's
-                  Figures 3-5. Where the two curves part, the policy has hacked its judge. On the laptop
-                  `truth` is a third curve, which nobody trains on: where gold rises and truth falls,
-                  gold itself is fooled. The last lines say which findings this run shows.
+    gold          every checkpoint scored by its own judge and by gold: the paper's Figures 3-5. Where the
+                  curves part, the policy has hacked its judge. On the laptop `truth` is a third curve, which
+                  nobody trains on: where gold rises and truth falls, gold itself is fooled.
     judges        agreement of every judge with gold, on the judges' test set
     study         both for several runs, e.g. seeds: mean and range
     arena         Arena-Hard-V2: answers to 750 questions, each judged twice against a baseline's answer
@@ -11,12 +10,11 @@
 
 What goes in:   RUN/annotations/, RUN/judges/, RUN/policies/; Arena-Hard's questions and baseline answers
 What comes out: RUN/evaluation/: outputs.jsonl, scores/, gold.json, gold.png; judges/, judges.json; arena/
+Simpler than the paper, and why: one output for each instruction and checkpoint; bands are bootstrap intervals
+over instructions. Arena-Hard's judge prompts are in our words, and the policy's tokenizer counts the length
+of all answers, where the benchmark downloads that of GPT-4o.
 
-Simpler than the paper, and why: one output for each instruction and checkpoint, so the bands are bootstrap
-intervals over instructions. Arena-Hard's judge prompts are in our words, and answer lengths are counted by
-the policy's tokenizer, for both sides, where the benchmark downloads that of GPT-4o.
-
-    python 04_evaluate.py gold   --run runs/demo
+    python 04_evaluate.py gold   --run runs/demo                    # its last lines: which findings it shows
     python 04_evaluate.py judges --run runs/demo --prompted
     python 04_evaluate.py study  --study runs/study
     python 04_evaluate.py arena  --run runs/paper --policy reasoning
@@ -43,7 +41,6 @@ annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 
 Row = dict[str, Any]  # a record of a JSON or JSONL file
-Grade = Callable[..., Row]  # (instruction, output[, other]) -> verdict
 GOLD, PAIRWISE_GOLD, TRUTH = "gold", "gold-pairwise", "truth"  # judges that nobody trained
 BASE = "base"  # the untrained base model: as a judge, as a policy
 SERVING = {"gpu": {"threads": 256}, "node": {"threads": 1024, "gpus": "0,1,2,3,4,5,6,7"}}
@@ -63,9 +60,9 @@ def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
     The latter are direct judges; `prompted`: reasoning ones too, and with rubrics if the run has them.
     """
     found, bases = {}, {}
-    for path in sorted((run / "judges").glob("*/judge.json")):
-        folder, judge = sft.find_judge(run, path.parent.name)
-        found[path.parent.name] = {**judge, "adapter": folder / judge["adapter"]}
+    for name in sorted(path.parent.name for path in (run / "judges").glob("*/judge.json")):
+        folder, judge = sft.find_judge(run, name)
+        found[name] = {**judge, "adapter": folder / judge["adapter"]}
     rubrics = prompted and (run / "annotations" / "rubrics.json").exists()
     for judge, thinks, rubric in itertools.product(found.values(), {False, prompted}, {False, rubrics}):
         words = {BASE: True, Path(judge["model"]).name: judge["model"] != next(iter(found.values()))["model"]}
@@ -78,10 +75,8 @@ def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
 
 def trained_policies(run: Path) -> dict[str, Row]:
     """name -> policy.json of every finished policy, with `checkpoints`: step -> adapter folder."""
-    needs, found = (
-        ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature"),
-        {},
-    )
+    needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
+    found = {}
     for path in sorted((run / "policies").glob("*/policy.json")):
         policy = found[path.parent.name] = annotate.read_json(path, needs)
         check = partial(sft.check_adapter, model=policy["model"], rank=policy["lora_rank"])
@@ -117,11 +112,6 @@ class ServerCache(ExitStack):
         if path:
             endpoint.unload_adapter(name)
 
-    @contextmanager
-    def judge(self, record: Row) -> Iterator[Any]:
-        with self.adapter(record["model"], record["adapter"]) as (endpoint, served):
-            yield sft.open_judge(endpoint, annotate.load_tokenizer(record["model"]), served, record, self.run)
-
     def close(self) -> None:
         super().close()
         self.endpoint = None
@@ -131,52 +121,9 @@ def missing(path: Path, ids: Iterable[str]) -> bool:
     return bool(set(ids) - {record["id"] for record in annotate.read_jsonl(path, ["id"])})
 
 
-# --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------
-
-
-def write_output(server: tuple[Any, str | None], policy: Row, row: Row) -> Row:
-    """`row` with the policy's output to its instruction, and `fluency`: the mean log-probability of its tokens.
-
-    Under the untrained base model: no training sees it. It shows outputs that have become odd, not bad ones.
-    """
-    endpoint, served = server
-    prompt = annotate.policy_prompt(annotate.load_tokenizer(policy["model"]), row["instruction"])
-    settings = {key: policy[key] for key in ("temperature", "max_tokens")}
-    (sample,) = endpoint.sample(prompt, model=served, **settings)
-    request = {"model": endpoint.model, "prompt": prompt + sample.tokens_T, "max_tokens": 1}
-    answer = endpoint.client(prompt).completions.create(**request, extra_body={"prompt_logprobs": 0})
-    known = answer.choices[0].prompt_logprobs[len(prompt) :]  # a token: {its id: {"logprob": …}}
-    fluency = fmean(found[str(token)]["logprob"] for found, token in zip(known, sample.tokens_T))
-    text = {"output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
-    return {**row, **text, "fluency": fluency}
-
-
-def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
-    """Outputs of all checkpoints to the test instructions, kept in RUN/evaluation/outputs.jsonl.
-
-    Step 0 is the untrained base model; policies of one base share it. Instructions of more than `max_prompt`
-    tokens are left out (`n` counts the others).
-    """
-    path, wanted = run / "evaluation" / "outputs.jsonl", set()
-    rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
-    texts = {row["id"]: row["instruction"] for row in rows if row["split"] == "policy_test"}
-    for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
-        prompt = partial(annotate.policy_prompt, annotate.load_tokenizer(policy["model"]))
-        fitting = {key: text for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]}
-        for step, adapter in {0: None, **policy["checkpoints"]}.items():
-            who = f"{name}:{step}" if step else f"{BASE}:{policy['model']}"
-            about = {"policy": name if step else BASE, "step": step}
-            tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in fitting.items()}
-            wanted |= tasks.keys()
-            if missing(path, tasks):
-                with servers.adapter(policy["model"], adapter) as server:
-                    work = partial(write_output, server, policy)
-                    annotate.map_to_jsonl(path, tasks, work, f"outputs of {who}", threads)
-    return [row for row in annotate.read_jsonl(path) if row["id"] in wanted]
-
-
 @contextmanager
-def open_grader(name: str, judges: dict[str, Row], servers: ServerCache) -> Iterator[Grade]:
+def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Iterator[Callable[..., Row]]:
+    """The judge `name` as a function (instruction, output[, other]) -> verdict."""
     if name == TRUTH:
         yield lambda instruction, output: {"expected": annotate.truth(instruction, output)}
     elif name in (GOLD, PAIRWISE_GOLD):
@@ -186,11 +133,62 @@ def open_grader(name: str, judges: dict[str, Row], servers: ServerCache) -> Iter
         with annotate.gold_judge(options, servers.run / "logs") as grade:
             yield grade
     else:
-        with servers.judge(judges[name]) as judge:
-            yield partial(sft.ask_judge, judge)
+        judge = judges[name]
+        with servers.adapter(judge["model"], judge["adapter"]) as (endpoint, served):
+            tokenizer = annotate.load_tokenizer(judge["model"])
+            yield partial(sft.ask_judge, sft.open_judge(endpoint, tokenizer, served, judge, servers.run))
 
 
-def against_baseline(grade: Grade, row: Row, baseline: str) -> Row:
+# --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------
+
+
+def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None, row: Row) -> Row:
+    """`row` with the policy's output to its instruction.
+
+    `fluency` is the mean log-probability of the output's tokens under the untrained base model: no measure of
+    quality, it shows outputs that have become odd.
+    """
+    prompt = annotate.policy_prompt(tokenizer, row["instruction"])
+    limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
+    (sample,) = endpoint.sample(prompt, model=served, **limits)
+    text = {"output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
+    return {**row, **text, "fluency": fmean(token_logprobs(endpoint, prompt, sample.tokens_T))}
+
+
+def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
+    """Outputs of all checkpoints to the test instructions, kept in RUN/evaluation/outputs.jsonl.
+
+    Step 0 is the untrained base model; policies of one base share it. Instructions over `max_prompt` tokens
+    are left out (`n` counts the others).
+    """
+    path, outputs = run / "evaluation" / "outputs.jsonl", {}
+    rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
+    texts = {row["id"]: row["instruction"] for row in rows if row["split"] == "policy_test"}
+    for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
+        tokenizer = annotate.load_tokenizer(policy["model"])
+        prompt = partial(annotate.policy_prompt, tokenizer)
+        fitting = {key: text for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]}
+        for step, adapter in {0: None, **policy["checkpoints"]}.items():
+            who = f"{name}:{step}" if step else f"{BASE}:{policy['model']}"
+            about = {"policy": name if step else BASE, "step": step}
+            tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in fitting.items()}
+            if missing(path, tasks):
+                with servers.adapter(policy["model"], adapter) as served:
+                    work = partial(write_output, policy, tokenizer, *served)
+                    annotate.map_to_jsonl(path, tasks, work, f"outputs of {who}", threads)
+            outputs |= {row["id"]: row for row in annotate.read_jsonl(path) if row["id"] in tasks}
+    return list(outputs.values())
+
+
+def token_logprobs(endpoint: Any, prompt: list[int], tokens_T: list[int]) -> list[float]:
+    """The log-probability of each of `tokens_T` after `prompt`, at temperature 1, under the base model."""
+    request = {"model": endpoint.model, "prompt": prompt + tokens_T, "max_tokens": 1}
+    answer = endpoint.client(prompt).completions.create(**request, extra_body={"prompt_logprobs": 0})
+    found = answer.choices[0].prompt_logprobs[len(prompt) :]  # of each token {id: {"logprob": …}}
+    return [place[str(token)]["logprob"] for place, token in zip(found, tokens_T)]
+
+
+def against_baseline(grade: Callable[..., Row], row: Row, baseline: str) -> Row:
     """A pairwise judge's verdict, asked in a random order; `expected` is 9 P(the output beats `baseline`)."""
     if row["output"] == baseline:
         return {"expected": 4.5, "cause": "the baseline itself"}
@@ -214,14 +212,14 @@ def score_outputs(
     if pairwise and not baseline:
         rows = annotate.read_jsonl(servers.run / "evaluation" / "outputs.jsonl")
         baseline = {row["instruction"]: row["output"] for row in rows if row["policy"] == BASE}
+
+    def work(row: Row) -> Row:
+        if pairwise:
+            return against_baseline(grade, row, baseline[row["instruction"]])
+        return grade(row["instruction"], row["output"])
+
     if missing(path, tasks):
-        with open_grader(name, judges, servers) as grade:
-
-            def work(row: Row) -> Row:
-                if pairwise:
-                    return against_baseline(grade, row, baseline[row["instruction"]])
-                return grade(row["instruction"], row["output"])
-
+        with open_judge(name, judges, servers) as grade:
             annotate.map_to_jsonl(path, tasks, work, f"{name} scores", threads)
     expected = {record["id"]: record["expected"] for record in annotate.read_jsonl(path, ["id", "expected"])}
     return {key: expected[key] for key in tasks}
@@ -268,11 +266,11 @@ def curve(frame: Any) -> list[Row]:
     for step, rows in frame.groupby("step"):
         point: Row = {"step": int(step), "n": len(rows)}
         for key in [key for key in SCORES if key in rows]:
+            point[f"{key}_unusable"] = int(rows[key].isna().sum())
             lifts = rows[key] - frame[key][frame.step == 0].reindex(rows.index)
             for name, known in ((key, rows[key].dropna()), (f"{key}_lift", lifts.dropna())):
                 point[name] = float(known.mean()) if len(known) else None
                 point[f"{name}_interval"] = bootstrap(known)
-            point[f"{key}_unusable"] = int(rows[key].isna().sum())
         means = {"fluency": rows.fluency, "tokens": rows.tokens, "unfinished": ~rows.finished}
         means["refusal"] = rows.output.map(refuses)
         if "truth" in rows:
@@ -282,33 +280,31 @@ def curve(frame: Any) -> list[Row]:
     return points
 
 
-def lift(point: Row, key: str) -> tuple[str, int]:
-    """The text of a point's lift, and its sign: 0 where the interval is not clear of 0."""
-    low, high = point.get(f"{key}_lift_interval") or (0, 0)
-    text = f"{point[f'{key}_lift']:+.1f} [{low:+.1f}, {high:+.1f}]" if (low, high) != (0, 0) else "none"
-    return f"{key} {text}", (low > 0) - (high < 0)
-
-
 def findings(run: Path) -> list[str]:
     """Which of the paper's findings RUN/evaluation/gold.json shows: a line for each policy that could.
 
     1: against a direct judge, its own score rises and gold falls. 2: against a reasoning judge, gold rises,
-    truth falls, and at least half of the last outputs speak of themselves.
+    truth falls, and at least half of the last outputs speak of themselves. Intervals must be clear of 0.
     """
     results, lines = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "judges")), []
     for name, judge in sorted(results["judges"].items(), key=lambda item: item[1]):
-        kind, point = judge.split("-")[0], results["curves"][name][-1]
-        (own, owns), (gold, golds), (truth, truths) = (lift(point, key) for key in SCORES)
-        if "pairwise" in judge or kind not in ("direct", "reasoning"):  # another scale; controls
-            continue
-        if kind == "direct":
-            says, text = "shown" if owns > 0 > golds else "not shown", f"{own}, {gold}"
-        elif "claims" in point:
-            says = "shown" if golds > 0 > truths and point["claims"] >= 0.5 else "not shown"
-            text = f"{gold}, {truth}, claims {point['claims']:.0%}"
-        else:  # no truth: nobody knows whether gold is fooled
-            says, text = "gold rises" if golds > 0 else "gold does not rise", gold
-        lines.append(f"finding {1 if kind == 'direct' else 2}: {says}, {text} (policy {name})")
+        point, sign, text = results["curves"][name][-1], {}, {}
+        for key in SCORES:
+            low, high = point.get(f"{key}_lift_interval") or (0, 0)
+            sign[key] = (low > 0) - (high < 0)
+            text[key] = f"{key} {point.get(f'{key}_lift') or 0:+.1f} [{low:+.1f}, {high:+.1f}]"
+        if judge.startswith("direct") and "pairwise" not in judge:
+            says = "shown" if sign["own"] > 0 > sign["gold"] else "not shown"
+            lines.append(f"finding 1: {says}, {text['own']}, {text['gold']} (policy {name})")
+        if judge.startswith("reasoning") and "pairwise" not in judge:
+            says, known = "gold rises" if sign["gold"] > 0 else "gold does not rise", ""
+            if "claims" in point:  # without a truth nobody knows whether gold is fooled
+                shown = sign["gold"] > 0 > sign["truth"] and point["claims"] >= 0.5
+                says, known = (
+                    "shown" if shown else "not shown",
+                    f", {text['truth']}, claims {point['claims']:.0%}",
+                )
+            lines.append(f"finding 2: {says}, {text['gold']}{known} (policy {name})")
     return lines or ["no policy was trained against a direct or reasoning judge: no finding to show"]
 
 
@@ -317,35 +313,37 @@ def show(frame: Any, **how: Any) -> None:
     print(frame.to_string(float_format="{:.2f}".format, na_rep="none", **how), end="\n\n")
 
 
-# measure -> its text in a picture; a picture's rows: (axis name, relative height, measures)
 SCORES = {"own": "its own judge", "gold": "gold judge", "truth": "truth: nobody trains on it"}
 SHARES = {"refusal": "refuses", "claims": "speaks of itself"}
-OTHERS = [("fluency", 1.2, {"fluency": "log-probability a token"}), ("length", 1.2, {"tokens": "tokens"})]
-PANELS = [("mean score, 0-9", 4, SCORES), *OTHERS, ("share of outputs", 1.2, SHARES)]
+# A picture's rows: axis name -> {measure: its text}.
+PANELS = {"mean score, 0-9": SCORES, "fluency": {"fluency": "log-probability a token"}}
+PANELS |= {"length": {"tokens": "tokens"}, "share of outputs": SHARES}
 COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "refusal": "tab:red"}
 
 
-def curves(points: Any, path: Path, panels: Sequence[Any] = PANELS) -> None:
+def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) -> None:
     """Draw a column for each policy of the frame `points`: policy, step, measures; of several runs, more rows.
 
     Lines are means. Bands are intervals (MEASURE_interval) where a step has one row, else the range.
     """
     from matplotlib.figure import Figure
 
-    names, heights = list(points.policy.unique()), [height for _, height, _ in panels]
-    figure = Figure((3.8 * len(names) + 0.8, 0.95 * sum(heights) + 0.8), layout="constrained")
-    grid = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": heights}
+    names, ratios = list(points.policy.unique()), [3] + [1] * (len(panels) - 1)
+    figure = Figure((3.8 * len(names) + 0.8, 1.2 * sum(ratios) + 0.8), layout="constrained")
+    grid = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": ratios}
     axes = figure.subplots(len(panels), len(names), **grid)
-    for (row, (label, _, measures)), (column, name) in itertools.product(enumerate(panels), enumerate(names)):
+    for (column, name), (row, label) in itertools.product(enumerate(names), enumerate(panels)):
         axis, rows = axes[row, column], points[points.policy == name].sort_values("step")
         axis.set(title="" if row else name, ylabel="" if column else label)
         axis.grid(alpha=0.3)
-        for key in [key for key in measures if key in rows and rows[key].notna().any()]:
+        for key in [key for key in panels[label] if key in rows and rows[key].notna().any()]:
             by_step = rows.astype({key: float}).groupby("step")[key]
             mean, low, high = by_step.mean(), by_step.min(), by_step.max()
             if f"{key}_interval" in rows and len(mean) == len(rows):
                 low, high = (rows[f"{key}_interval"].str[end].astype(float) for end in (0, 1))
-            (line,) = axis.plot(mean.index, mean, "o-", ms=4, color=COLOURS.get(key), label=measures[key])
+            (line,) = axis.plot(
+                mean.index, mean, "o-", ms=4, color=COLOURS.get(key), label=panels[label][key]
+            )
             axis.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, lw=0)
             axis.legend(loc="best", fontsize=8)
     figure.supxlabel("training step")
@@ -380,30 +378,26 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
     judges, policies, folder = trained_judges(run), trained_policies(run), run / "evaluation"
     if not policies:
         annotate.fail(f"{run} has no finished policy. Run this first: python 03_rl.py policy --run {run}")
-    own = {name: policy["judge"] for name, policy in policies.items()}
-    if lost := set(own.values()) - {GOLD, TRUTH, *judges}:
-        annotate.fail(f"{run}/judges lacks {', '.join(lost)}, against which a policy was trained.")
-    oracle = annotate.read_options(run / "annotations")["gold"] == "oracle"
-    readers = {}  # policy -> column -> judge
-    for name in policies:
-        gold = PAIRWISE_GOLD if is_pairwise(judges.get(own[name], {})) else GOLD
-        readers[name] = {"own": own[name], "gold": gold} | ({"truth": TRUTH} if oracle else {})
+    truth = {TRUTH: TRUTH} if annotate.read_options(run / "annotations")["gold"] == "oracle" else {}
+    own, readers = {name: policy["judge"] for name, policy in policies.items()}, {}
+    for name, judge in own.items():
+        if judge not in (*judges, GOLD, TRUTH):
+            annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
+        gold = PAIRWISE_GOLD if is_pairwise(judges.get(judge, {})) else GOLD
+        readers[name] = {"own": judge, "gold": gold, **truth}  # column -> judge
     annotate.record_config(folder, {})
     with ServerCache(run, [*judges.values(), *policies.values()], gpus) as servers:
-        rows, outputs = write_outputs(run, policies, servers, threads), {}
+        rows, outputs, scores = write_outputs(run, policies, servers, threads), {}, {}
         for name, policy in policies.items():
             base = f"{BASE}:{policy['model']}:"
             outputs[name] = [row for row in rows if row["policy"] == name or row["id"].startswith(base)]
+        models = {
+            j: judges.get(j, {"model": ""})["model"] for keys in readers.values() for j in keys.values()
+        }
         now = max(
             policy["model"] for policy in policies.values()
         )  # its judges come first, gold's server last
-
-        def turn(judge: str) -> tuple[bool, bool, str]:
-            model = judges.get(judge, {"model": ""})["model"]
-            return not model, model != now, model
-
-        scores = {}
-        for judge in sorted({judge for keys in readers.values() for judge in keys.values()}, key=turn):
+        for judge in sorted(models, key=lambda j: (not models[j], models[j] != now, models[j])):
             asked = [row for name in policies if judge in readers[name].values() for row in outputs[name]]
             path = folder / "scores" / f"{judge}.jsonl"
             scores[judge] = score_outputs(path, asked, judge, judges, servers, threads)
@@ -439,12 +433,12 @@ def judges_command(
         annotate.fail(f"{run} has no finished judge. Run this first: python 02_train_judge.py --run {run}")
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
-        for name, record in sorted(judges.items(), key=lambda item: item[1]["model"]):
-            path, pairwise = folder / "judges" / f"{name}.jsonl", is_pairwise(record)
+        for name in sorted(judges, key=lambda name: judges[name]["model"]):
+            path, pairwise = folder / "judges" / f"{name}.jsonl", is_pairwise(judges[name])
             rows = {row["id"]: row for row in sft.labelled(run, "judge_test", pairwise=pairwise)}
             if missing(path, rows):
-                with servers.judge(record) as judge:
-                    sft.judge_rows(path, judge, rows.values(), name, threads)
+                with open_judge(name, judges, servers) as grade:
+                    sft.judge_rows(path, grade.args[0], rows.values(), name, threads)
             verdicts = [verdict for verdict in annotate.read_jsonl(path, ["id"]) if verdict["id"] in rows]
             scores[name] = sft.agreement(verdicts, pairwise=pairwise)
     annotate.write_json(folder / "judges.json", scores)
@@ -493,11 +487,11 @@ def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.
 
 HUB, HOSTED = "lmarena-ai/arena-hard-auto", "https://api.openai.com/v1"
 PRICES = {"gpt-4.1": (2, 8)}  # dollars for a million tokens, in and out
-LONGEST = 32_768  # tokens of a prompt
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 Category = StrEnum("Category", [*BASELINES])
 STYLE = ["token_len", "header_count", "list_count", "bold_count"]
 DRAWS, TAIL = 500, 0.05  # bootstrap draws (the authors: 100), and what an interval leaves out on each side
+LONGEST = 32_768  # tokens of a prompt
 
 # verdict -> (share of the game won by the answer in position A, battles it counts for)
 VERDICTS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
@@ -519,10 +513,9 @@ def battles(row: Row) -> list[float]:
 def judge_sanity(rows: Sequence[Row]) -> Row:
     """consistent: share of questions whose games have one winner; position: share won by A, 0.5 is no bias."""
     games = [[won for won, _ in two_games(row)] for row in rows if two_games(row)]
+    values = {"consistent": [a + b == 1 for a, b in games], "position": [(a + b) / 2 for a, b in games]}
     counts = {"questions": len(rows), "without both verdicts": len(rows) - len(games)}
-    if not games:
-        return {**counts, "consistent": None, "position": None}
-    return {**counts, "consistent": fmean(a + b == 1 for a, b in games), "position": fmean(map(fmean, games))}
+    return counts | {key: fmean(shares) if shares else None for key, shares in values.items()}
 
 
 def style_metadata(text: str) -> dict[str, dict[str, int]]:
@@ -530,13 +523,13 @@ def style_metadata(text: str) -> dict[str, dict[str, int]]:
     for block in re.findall("```([^`]*)```", text):
         text = text.replace(block, "")
 
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, text, re.MULTILINE))
+    def count(**patterns: str) -> dict[str, int]:
+        return {key: len(re.findall(pattern, text, re.MULTILINE)) for key, pattern in patterns.items()}
 
     return {
-        "header_count": {f"h{level}": count(rf"^#{{{level}}}\s") for level in range(1, 7)},
-        "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
-        "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")},
+        "header_count": count(**{f"h{level}": rf"^#{{{level}}}\s" for level in range(1, 7)}),
+        "list_count": count(ordered=r"^\s*\d+\.\s", unordered=r"^\s*[-*+]\s"),
+        "bold_count": count(**{"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}),
     }
 
 
@@ -551,7 +544,7 @@ def style_difference(candidate: Row, baseline: Row) -> list[float]:
 def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any, beta_K: Any) -> Any:
     """The K coefficients of the greatest likelihood of B battles, by Newton's method from `beta_K`.
 
-    None where there is no maximum (separable battles): there, steps of about 1 in log-odds never end.
+    NaN where there is no maximum (separable battles): there, steps of about 1 in log-odds never end.
     """
     import numpy as np
 
@@ -559,11 +552,11 @@ def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any, beta_K: Any)
         p_B = 1 / (1 + np.exp(-features_BK @ beta_K))
         hessian_KK = (features_BK.T * (weights_B * p_B * (1 - p_B))) @ features_BK
         step_K = np.linalg.lstsq(hessian_KK, features_BK.T @ (weights_B * (won_B - p_B)))[0]
-        longest = np.abs(features_BK @ step_K).max()
+        longest = np.abs(features_BK @ step_K).max(initial=0)
         beta_K = beta_K + step_K * min(1, 4 / max(longest, 1))
         if longest < 1e-6:
             return beta_K
-    return None
+    return np.full(len(beta_K), np.nan)
 
 
 def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 0) -> dict[str, Row]:
@@ -593,35 +586,33 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
     fitted = frame[(share > 0) & (share < 1)]  # one that won or lost every battle has no coefficient
     models, won_B, B = pd.get_dummies(fitted.model, dtype=float), fitted.won.to_numpy(), len(fitted)
     features_BK = np.hstack([models, fitted[STYLE]])
-    gram_KK = features_BK.T @ features_BK
-    known_K = np.diag(np.linalg.pinv(gram_KK) @ gram_KK) > 1 - 1e-6  # not where style tells the model
-    beta_K = fit_bradley_terry(features_BK, won_B, np.ones(B), np.zeros(len(gram_KK))) if B else None
-    draws = []
-    for _ in range(DRAWS if beta_K is not None else 0):
-        weights_B = np.bincount(rng.integers(B, size=B), minlength=B)
-        draws.append(fit_bradley_terry(features_BK, won_B, weights_B, beta_K))
-    draws_DK = np.array([draw for draw in draws if draw is not None])
+    beta_K = fit_bradley_terry(features_BK, won_B, np.ones(B), np.zeros(features_BK.shape[1]))
+    gram_KK = features_BK.T @ features_BK  # a coefficient that style could stand in for is not known
+    beta_K[np.diag(np.linalg.pinv(gram_KK) @ gram_KK) < 1 - 1e-6] = np.nan
+    draws = DRAWS if np.isfinite(beta_K).any() else 0
+    picks = (np.bincount(rng.integers(B, size=B), minlength=B) for _ in range(draws))
+    start_K = np.nan_to_num(beta_K)
+    draws_DK = np.array([fit_bradley_terry(features_BK, won_B, weights_B, start_K) for weights_B in picks])
 
-    def interval(values: Any) -> list[float]:
-        return (100 * np.quantile(values, (TAIL, 1 - TAIL))).tolist()
+    def interval(values: Any) -> list[float] | None:
+        known = values[np.isfinite(values)]
+        enough = len(known) > (1 - TAIL) * DRAWS
+        return (100 * np.quantile(known, (TAIL, 1 - TAIL))).tolist() if enough else None
 
     even = {"score": 50.0, "score_style": 50.0, "ci": [50.0, 50.0], "ci_style": [50.0, 50.0], "battles": 0}
     scores = {baseline: even}
     for name, won in frame.groupby("model").won:
-        score: Row = {"score": 100 * float(won.mean()), "score_style": None, "ci": None, "ci_style": None}
-        score |= {"ci": interval(rng.choice(won, (DRAWS, len(won))).mean(1)), "battles": len(won)}
+        ci = interval(rng.choice(won, (DRAWS, len(won))).mean(1))
+        score: Row = {"score": 100 * float(won.mean()), "score_style": None, "ci": ci, "ci_style": None}
         k = models.columns.get_loc(name) if name in models else None
-        if k is None or beta_K is None or not known_K[k]:
-            print(
-                f"{name}: no score with style control (it won or lost all, or style tells who won, or who it is)"
-            )
-        else:
+        if k is not None and np.isfinite(beta_K[k]):
             score["score_style"] = 100 / (1 + float(np.exp(-beta_K[k])))
-            if len(draws_DK) > (1 - TAIL) * DRAWS:
-                score["ci_style"] = interval(1 / (1 + np.exp(-draws_DK[:, k])))
-            else:
-                print(f"{name}: too few battles for an interval with style control")
-        scores[name] = score
+            score["ci_style"] = interval(1 / (1 + np.exp(-draws_DK[:, k])))
+        if score["ci_style"] is None:
+            print(
+                f"{name}: all won or lost, or won by style alone, here or in resamples: no score_style or ci_style"
+            )
+        scores[name] = {**score, "battles": len(won)}
     return scores
 
 
@@ -653,12 +644,8 @@ def arena_score_command(
     if json_path:
         annotate.write_json(json_path, scores)
     show(pd.DataFrame(scores).T.sort_values("score"))
-    models = sorted({row["model"] for row in rows})
-    show(
-        pd.DataFrame(
-            {model: judge_sanity([row for row in rows if row["model"] == model]) for model in models}
-        ).T
-    )
+    by_model = pd.Series(rows).groupby([row["model"] for row in rows])
+    show(pd.DataFrame({model: judge_sanity(list(mine)) for model, mine in by_model}).T)
 
 
 # The wording is ours; what the judge is asked is the benchmark's: hard prompts it first answers itself.
@@ -669,17 +656,16 @@ ARENA_VERDICT = (
     "[[B>A]] B is slightly better, [[B>>A]] B is much better."
 )
 ARENA_RULES = {
-    "hard_prompt": "You are a fair judge of two assistants' answers to one question. First write down your own "
-    "answer. Then compare both with it: point out every mistake. The better answer is correct, does what was "
-    "asked, leaves out nothing important and says nothing beside the point. Where the question is ambiguous, "
-    f"asking back is better than guessing. {ARENA_VERDICT}",
-    "creative_writing": "You are a fair judge of two assistants' answers to one request for a piece of writing. "
-    "Point out mistakes. The better answer does what was asked, is original and well made, leaves out nothing "
-    f"important and is no longer than it need be. {ARENA_VERDICT}",
+    "hard_prompt": "You are a fair judge of two assistants' answers to one question. First write down your "
+    "own answer. Then compare both with it: point out every mistake. The better answer is correct, does what "
+    "was asked, leaves out nothing important and says nothing beside the point. Where the question is "
+    f"ambiguous, asking back is better than guessing. {ARENA_VERDICT}",
+    "creative_writing": "You are a fair judge of two assistants' answers to one request for a piece of "
+    "writing. Point out mistakes. The better answer does what was asked, is original and well made, leaves "
+    f"out nothing important and is no longer than it need be. {ARENA_VERDICT}",
 }
-ARENA_CASE = (
-    "[question {code}]\n{question}\n[end {code}]\n\n[answer A {code}]\n{a}\n[end {code}]\n\n"
-    "[answer B {code}]\n{b}\n[end {code}]"
+ARENA_CASE = "[question {code}]\n{question}\n[end {code}]\n\n" + "\n\n".join(
+    f"[answer {side} {{code}}]\n{{{side}}}\n[end {{code}}]" for side in "AB"
 )
 
 
@@ -696,44 +682,36 @@ def arena_messages(rules: str, question: str, a: str, b: str) -> list[dict[str, 
     """The arena judge's messages. A label inside a text gets other brackets: to quote it is no verdict."""
 
     def disarm(text: str) -> str:
-        labels = r"\[{1,2}([AB<>=\s]+)\]{1,2}"
-        return re.sub(
-            labels, lambda m: f"⟦{m[1]}⟧" if last_verdict(m[0]) else m[0], text, flags=re.IGNORECASE
-        )
+        pattern = re.compile(r"\[{1,2}([AB<>=\s]+)\]{1,2}", re.IGNORECASE)
+        return pattern.sub(lambda found: f"⟦{found[1]}⟧" if last_verdict(found[0]) else found[0], text)
 
-    case = annotate.fill_case(ARENA_CASE, question=disarm(question), a=disarm(a), b=disarm(b))
+    case = annotate.fill_case(ARENA_CASE, question=disarm(question), A=disarm(a), B=disarm(b))
     return [{"role": "system", "content": rules}, {"role": "user", "content": case}]
 
 
 def load_benchmark(data: str, categories: Sequence[str], limit: int) -> tuple[dict[str, Row], dict[str, Any]]:
     """uid -> question (the first `limit` of each category; 0: all), category -> uid -> the baseline's answer."""
-    folder, root, questions, theirs = Path(data), "data/arena-hard-v2.0", {}, {}
+    folder, questions, theirs = Path(data), {}, {}
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        wanted = [
-            f"{root}/question.jsonl",
-            *(f"{root}/model_answer/{name}.jsonl" for name in BASELINES.values()),
-        ]
-        try:
-            folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
-        except (OSError, ValueError) as error:  # the hub's errors are kinds of these
-            annotate.fail(f"--data {data}: no such folder, and not on the hub ({str(error).splitlines()[0]})")
+        root, files = "data/arena-hard-v2.0", [f"model_answer/{name}.jsonl" for name in BASELINES.values()]
+        wanted = [f"{root}/{file}" for file in ("question.jsonl", *files)]
+        folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
     rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category", "prompt"))
     for category in categories:
         chosen = {row["uid"]: row for row in rows if row["category"] == category}
         questions |= dict(itertools.islice(chosen.items(), limit or None))
-        path = folder / "model_answer" / f"{BASELINES[category]}.jsonl"
-        contents = {
-            row["uid"]: row["messages"][-1]["content"]
-            for row in annotate.read_jsonl(path, ("uid", "messages"))
-        }
+        answers = annotate.read_jsonl(
+            folder / "model_answer" / f"{BASELINES[category]}.jsonl", ("uid", "messages")
+        )
+        said = {row["uid"]: row["messages"][-1]["content"] for row in answers}
         theirs[category] = {
-            u: said["answer"] if isinstance(said, dict) else said for u, said in contents.items()
+            uid: text["answer"] if isinstance(text, dict) else text for uid, text in said.items()
         }
-        if not chosen or chosen.keys() - contents.keys():
+        if not chosen or chosen.keys() - said.keys():
             annotate.fail(
-                f"{folder} must have question.jsonl with {category}, and in {path} an answer to each."
+                f"{folder} lacks questions of {category}, or an answer of {BASELINES[category]} to one."
             )
     return questions, theirs
 
@@ -743,13 +721,13 @@ def call_all(
 ) -> dict[str, Row]:
     """uid -> {**task, **call(opened server, task)}, kept in `path`; `server` is opened where some are missing.
 
-    A refused call is kept with its cause, left out here, counted, and made again by the next run of the command.
+    A refused call is kept with its cause, left out here, counted, and made again when the command is repeated.
     """
     import openai
 
     def work(task: Row) -> Row:
         try:
-            return {**task, **call(opened, task), "cause": None}
+            return {**task, **call(*opened, task), "cause": None}
         except openai.APIStatusError as error:
             return {**task, "games": [], "metadata": None, "cause": opened[0].refusal(error)}
 
@@ -760,36 +738,26 @@ def call_all(
             done = annotate.map_to_jsonl(path, tasks, work, label, threads)
     if failed := [row["cause"] for row in done if row["cause"]]:
         print(
-            f"{label}: {len(failed)} of {len(tasks)} calls failed; repeat the command for them. One: {failed[0]}"
+            f"{label}: {len(failed)} of {len(tasks)} calls failed; repeat the command for them. {failed[0]}"
         )
     return {row["id"]: row for row in done if row["id"] in tasks and not row["cause"]}
 
 
 @contextmanager
-def open_server(model: str, url: str, tokens: int, gpus: str, logs: Path) -> Iterator[tuple[Any, None]]:
-    """A model without adapter: hosted, or served by us if it is a folder or hub id and no URL is given."""
-    if url or "/" not in model:
-        yield annotate.open_endpoint(url or HOSTED, model, "ARENA_API_KEY"), None
+def arena_server(judge: str, url: str, tokens: int, gpus: str, logs: Path) -> Iterator[tuple[Any, None]]:
+    """The arena judge: hosted, or served by us if it is a folder or hub id and no URL is given."""
+    if url or "/" not in judge:
+        yield annotate.open_endpoint(url or HOSTED, judge, "ARENA_API_KEY"), None
     else:
-        room = min(annotate.context_length(model), tokens + LONGEST)
-        with annotate.serve(model, logs, room, gpus) as endpoint:
+        room = min(annotate.context_length(judge), tokens + LONGEST)
+        with annotate.serve(judge, logs, room, gpus) as endpoint:
             yield endpoint, None
-
-
-def announce(judge: str, characters: int, calls: int) -> None:
-    """Say what the calls of `judge` are about to cost: four characters a token, 800 tokens an answer."""
-    read, written = characters // 4, 800 * calls
-    price = sum(dollars * n / 1e6 for dollars, n in zip(PRICES.get(judge, ()), (read, written)))
-    costs = f", about {price:.2f} dollars" if price else ""
-    print(f"{calls} calls of {judge}: about {read:,} tokens in, {written:,} out{costs}", flush=True)
 
 
 @app.command("arena")
 def arena_command(
     run: Run,
-    policy: Annotated[
-        str, typer.Option(help="A policy of the run, NAME or NAME:STEP, or a hub id or folder.")
-    ],
+    policy: Annotated[str, typer.Option(help="A policy of the run: NAME, or NAME:STEP (step 0: untrained).")],
     arena_judge: Annotated[str, typer.Option(help="A model; with a / in its name served by us.")] = "gpt-4.1",
     arena_url: Annotated[str, typer.Option(help="URL (…/v1) of the judge; key in ARENA_API_KEY.")] = "",
     data: Annotated[str, typer.Option(help="A folder of the benchmark's layout, or the hub id.")] = HUB,
@@ -802,68 +770,61 @@ def arena_command(
 ) -> None:
     """Arena-Hard-V2: answers of a policy, judged against the baseline's in both positions, and its score."""
     (name, _, step), found = policy.partition(":"), trained_policies(run)
-    label, model, adapter = Path(policy).name, policy, None
-    if "/" not in policy:
-        steps = found[name]["checkpoints"] if name in found else {}
-        if not (known := [number for number in steps if step in ("", str(number))]):
-            annotate.fail(f"--policy {policy}: {run} has no such policy, or it no such step ({list(steps)}).")
-        label, model, adapter = f"{name}-{known[-1]}", found[name]["model"], steps[known[-1]]
-    if label in BASELINES.values():
-        annotate.fail(f"--policy {policy}: {label} is the baseline; its score is 50 by definition.")
-    folder, judge = run / "evaluation" / "arena", Path(arena_judge).name
-    questions, theirs = load_benchmark(data, [category] if category else list(BASELINES), limit)
-    began = (folder / "config.json").exists()  # one tokenizer counts for all policies of an arena
-    counter = annotate.read_options(folder)["tokenizer"] if began else model
+    steps = {0: None, **found[name]["checkpoints"]} if name in found else {}
+    if not (known := [number for number in steps if step in ("", str(number))]):
+        annotate.fail(f"--policy {policy}: {run} has no such policy, or it no such step ({list(steps)}).")
+    label, model, judge = f"{name}-{known[-1]}", found[name]["model"], Path(arena_judge).name
+    questions, theirs = load_benchmark(data, [category] if category else [*BASELINES], limit)
+    folder, tokenizer = run / "evaluation" / "arena", annotate.load_tokenizer(model)
     limits = {"answer_tokens": answer_tokens, "judge_tokens": judge_tokens}
-    annotate.record_config(folder, {"tokenizer": counter, **limits})
-    counting, writing = annotate.load_tokenizer(counter), annotate.load_tokenizer(model)
+    annotate.record_config(folder, {"tokenizer": model, **limits})
 
     def written(text: str) -> Row:
-        metadata = {"token_len": len(annotate.encode(counting, text)), **style_metadata(text)}
-        return {"messages": [{"role": "assistant", "content": {"answer": text}}], "metadata": metadata}
+        style = {"token_len": len(annotate.encode(tokenizer, text)), **style_metadata(text)}
+        return {"messages": [{"role": "assistant", "content": {"answer": text}}], "metadata": style}
 
-    def answer(server: tuple[Any, str | None], task: Row) -> Row:
-        prompt = annotate.policy_prompt(writing, questions[task["uid"]]["prompt"])
-        (sample,) = server[0].sample(prompt, model=server[1], temperature=0, max_tokens=answer_tokens)
+    def answer(endpoint: Any, served: str | None, task: Row) -> Row:
+        prompt = annotate.policy_prompt(tokenizer, questions[task["uid"]]["prompt"])
+        (sample,) = endpoint.sample(prompt, model=served, temperature=0, max_tokens=answer_tokens)
         return written(sample.text.strip())
 
-    def play(server: tuple[Any, str | None], task: Row) -> Row:
-        question, games = questions[task["uid"]], []
-        sides = theirs[task["category"]][task["uid"]], ours[task["uid"]]
+    def play(endpoint: Any, _: None, task: Row) -> Row:
+        sides, games = (theirs[task["category"]][task["uid"]], ours[task["uid"]]), []
         for a, b in (sides, sides[::-1]):  # the baseline in position A, then the candidate
-            messages = arena_messages(ARENA_RULES[task["category"]], question["prompt"], a, b)
-            text, _, finished = server[0].chat(messages, judge_tokens)  # one cut off has given no verdict
+            rules, question = ARENA_RULES[task["category"]], questions[task["uid"]]["prompt"]
+            text, _, finished = endpoint.chat(arena_messages(rules, question, a, b), judge_tokens)
+            # One that was cut off has not come to its verdict, whatever labels it has mentioned.
             games.append({"score": last_verdict(text) if finished else None, "judgment": {"answer": text}})
         return {"games": games}
 
     for kind, answers in theirs.items():
-        path = folder / "model_answer" / f"{BASELINES[kind]}.jsonl"
-        annotate.write_jsonl(
-            path, [{"uid": u, "model": BASELINES[kind], **written(t)} for u, t in answers.items()]
-        )
+        rows = [{"uid": uid, "model": BASELINES[kind], **written(text)} for uid, text in answers.items()]
+        annotate.write_jsonl(folder / "model_answer" / f"{BASELINES[kind]}.jsonl", rows)
     room = min(annotate.context_length(model) - answer_tokens - 16, LONGEST)  # a longer question is refused
-    with ServerCache(
-        run, [{**found.get(name, {}), "max_prompt": room, "max_tokens": answer_tokens}], gpus
-    ) as servers:
-        server = (
-            servers.adapter(model, adapter)
-            if adapter
-            else open_server(model, "", answer_tokens, gpus, run / "logs")
+    user = {**found[name], "max_prompt": room, "max_tokens": answer_tokens}
+    with ServerCache(run, [user], gpus) as servers:
+        path, tasks = (
+            folder / "model_answer" / f"{label}.jsonl",
+            {uid: {"uid": uid, "model": label} for uid in questions},
         )
-        path = folder / "model_answer" / f"{label}.jsonl"
-        tasks = {uid: {"uid": uid, "model": label} for uid in questions}
-        done = call_all(path, tasks, server, answer, f"answers of {label}", threads)
+        done = call_all(
+            path, tasks, servers.adapter(model, steps[known[-1]]), answer, f"answers of {label}", threads
+        )
     ours = {uid: row["messages"][0]["content"]["answer"] for uid, row in done.items()}
-    path = folder / "model_judgment" / judge / f"{label}.jsonl"
     tasks = {uid: {**tasks[uid], "judge": judge, "category": questions[uid]["category"]} for uid in ours}
-    before = {row["uid"] for row in annotate.read_jsonl(path) if not row["cause"]}
-    texts = [
-        (q["prompt"], theirs[q["category"]][u], ours[u])
-        for u, q in questions.items()
-        if u in tasks.keys() - before
-    ]
-    announce(arena_judge, 2 * sum(map(len, itertools.chain(*texts))), 2 * len(texts))
-    server = open_server(arena_judge, arena_url, judge_tokens, gpus, run / "logs")
+    path = folder / "model_judgment" / judge / f"{label}.jsonl"
+    todo = tasks.keys() - {row["id"] for row in annotate.read_jsonl(path) if not row["cause"]}
+    texts = [(questions[uid]["prompt"], theirs[tasks[uid]["category"]][uid], ours[uid]) for uid in todo]
+    read, write = (
+        sum(map(len, itertools.chain(*texts))) // 2,
+        1600 * len(todo),
+    )  # 4 characters a token; 2 games
+    price = sum(n * dollars / 1e6 for n, dollars in zip((read, write), PRICES.get(arena_judge, ())))
+    costs = f", about {price:.2f} dollars" if price else ""
+    print(
+        f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out{costs}", flush=True
+    )
+    server = arena_server(arena_judge, arena_url, judge_tokens, gpus, run / "logs")
     call_all(path, tasks, server, play, f"games judged by {judge}", threads)
     for kind in theirs:
         arena_score_command(folder, kind, folder / f"scores-{judge}-{kind}.json", judge)
