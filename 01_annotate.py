@@ -62,9 +62,8 @@ from typer import Option
 Row = Options = Verdict = dict[str, Any]  # a record of a file; settled options; what a judge says
 Messages = list[dict[str, str]]
 
-# ---------------------------------------------------------------------------------------------
-# Oracle and truth: what a good output is, on the laptop. Replace them, and you study another judge.
-# ---------------------------------------------------------------------------------------------
+# --- Oracle and truth -----------------------------------------------------------------------------
+# What a good output is, on the laptop. Replace them, and you study another judge.
 
 TOPICS = (
     "rain bread river winter cat ship mountain coffee letter music garden train horse snow bridge cloud "
@@ -147,9 +146,8 @@ def oracle_rubric(instruction: str) -> str:
     return "\n".join(f"{points}: {text}." for points, text in zip(POINTS.values(), texts))
 
 
-# ---------------------------------------------------------------------------------------------
-# Instructions and candidate outputs: from templates on the laptop, else from a preference data set.
-# ---------------------------------------------------------------------------------------------
+# --- Instructions and candidate outputs -----------------------------------------------------------
+# From templates on the laptop, else from a preference data set.
 
 SPLITS = ("judge_train", "judge_validation", "judge_test", "policy_train", "policy_test")
 JUDGE_SPLITS = SPLITS[:3]
@@ -265,9 +263,12 @@ def preference_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str
     data, seed, longest = options["data"], options["seed"], options["max_chars"]
     wanted, at_least = sum(options[split] for split in JUDGE_SPLITS), min(2, options["outputs"])
     try:
-        rows = read_jsonl(Path(data), COLUMNS) if Path(data).is_file() else None
-        table = datasets.Dataset.from_list(rows) if rows else datasets.load_dataset(data, split="train")
-        sources = Counter(table.select_columns(list(COLUMNS))["source"])
+        if Path(data).is_file():
+            table: Any = read_jsonl(Path(data), COLUMNS)
+            sources = Counter(str(row["source"]) for row in table)
+        else:
+            table = datasets.load_dataset(data, split="train")  # stays on disk, row by row
+            sources = Counter(map(str, table.select_columns(list(COLUMNS))["source"]))
     except (OSError, ValueError) as error:
         fail(f"--data {data}: no file or data set with the columns {', '.join(COLUMNS)} ({error})")
     off_policy = {source for source in sources if re.search("off.policy|persona", source)} or set(sources)
@@ -277,7 +278,7 @@ def preference_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str
     seen: set[str] = set()
     for number in tqdm(random.Random(seed).sample(range(len(table)), len(table)), desc="reading preferences"):
         row = table[number]
-        prompt = row["prompt"] or ""
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
         answers = [last_answer(row[column], prompt) for column in ("chosen", "rejected")]
         fitting = list(dict.fromkeys(a for a in answers if a and len(a) <= longest))
         reason = "used for policies"
@@ -287,7 +288,7 @@ def preference_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str
             reason = "dropped: too long"
         elif (key := " ".join(prompt.split())) in seen:
             reason = "dropped: instruction seen before"
-        elif len(candidates) < wanted and row["source"] in off_policy:
+        elif len(candidates) < wanted and str(row["source"]) in off_policy:
             reason = "used for judges"
             candidates[prompt] = fitting[: options["outputs"]]
         else:
@@ -310,11 +311,10 @@ def preference_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str
     return dealt, candidates
 
 
-# ---------------------------------------------------------------------------------------------
-# The judge's prompt. Wording ours; the rules are the paper's (section 2.1), which adapts LLMBar's: precise
-# instruction following first, then helpful, accurate, harmless, and a guard against outputs that argue
-# for their own score.
-# ---------------------------------------------------------------------------------------------
+# --- The judge's prompt ---------------------------------------------------------------------------
+# Wording ours; the rules are the paper's (section 2.1), which adapts LLMBar's: precise instruction
+# following first, then helpful, accurate, harmless, and a guard against outputs that argue for their own
+# score.
 
 LABELS, PAIRWISE_LABELS = "0123456789", "12"  # one token each; l = 0 and u = 9 in eq. 1
 
@@ -381,10 +381,9 @@ def judge_messages(
     return [{"role": "system", "content": rules}, {"role": "user", "content": filled}]
 
 
-# ---------------------------------------------------------------------------------------------
-# Gold labels. A verdict holds the label (None: invalid), the expected score, the cause of a missing label,
-# and the reasoning.
-# ---------------------------------------------------------------------------------------------
+# --- Gold labels ----------------------------------------------------------------------------------
+# A verdict holds the label (None: invalid), the expected score, the cause of a missing label, and the
+# reasoning.
 
 
 def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Any:
@@ -516,9 +515,7 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Verdict], th
     write_json(path.with_suffix(".json"), counts)
 
 
-# ---------------------------------------------------------------------------------------------
-# The command.
-# ---------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 LAPTOP_MODEL = "models/SmolLM2-135M-Instruct"
 TULU = "allenai/llama-3.1-tulu-3-8b-preference-mixture"
@@ -642,7 +639,8 @@ def start(app: typer.Typer) -> NoReturn:
     except SystemExit as end:
         status = end.code or 0
     except openai.APIError as error:
-        print(f"error: {error.request.url}: {error} To resume, run the same command again.", file=sys.stderr)
+        where = f"{error.request.url} (log: {LOGS.get(error.request.url.port, 'not ours')})"
+        print(f"error: {where}: {error} To resume, run the same command again.", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -734,6 +732,7 @@ def require(path: Path, command: str) -> Path:
     return path if path.exists() else fail(f"{path} is missing. Run this first: python {command}")
 
 
+LOGS: dict[int | None, Path] = {}  # port -> the log of our server there
 LOCKS: list[FileLock] = []  # held until the process ends, even by kill -9
 MAY_CHANGE_ON_RESUME = {"threads", "gpus", "policy_gpus", "judge_gpus", "train_gpus", "tokens_per_pass"}
 
@@ -768,10 +767,9 @@ def short_hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-# ---------------------------------------------------------------------------------------------
-# Options. A signature holds the laptop's values, a table what another preset changes; the command line goes
-# before both. The run remembers the preset that 01 began it with.
-# ---------------------------------------------------------------------------------------------
+# --- Options --------------------------------------------------------------------------------------
+# A signature holds the laptop's values, a table what another preset changes; the command line goes before
+# both. The run remembers the preset that 01 began it with.
 
 PresetName = StrEnum("PresetName", ["laptop", "gpu", "node"])
 
@@ -819,9 +817,8 @@ def pick_gpus(gpus: str) -> list[str]:
     return [mask.split(",")[int(gpu)].strip() if mask else gpu for gpu in gpus.split(",")]
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokens. What is put into a prompt goes through `chat_ids`, or `Endpoint.chat` for other people's servers.
-# ---------------------------------------------------------------------------------------------
+# --- Tokens ---------------------------------------------------------------------------------------
+# What is put into a prompt goes through `chat_ids`, or `Endpoint.chat` for other people's servers.
 
 
 @functools.cache
@@ -887,9 +884,7 @@ def context_length(model: str) -> int:
     return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
 
 
-# ---------------------------------------------------------------------------------------------
-# Every model is asked through an OpenAI-compatible endpoint: ours (vLLM) or anyone's.
-# ---------------------------------------------------------------------------------------------
+# --- Every model is asked through an OpenAI-compatible endpoint: ours (vLLM) or anyone's ----------
 
 
 @dataclass
@@ -945,7 +940,7 @@ class Endpoint:
         try:
             choice = self.client(safe).chat.completions.create(**request, **limits).choices[0]
         except openai.BadRequestError as error:
-            if self.new_names or "max_completion_tokens" not in str(error):
+            if "max_tokens" not in limits or "max_completion_tokens" not in str(error):
                 raise
             self.new_names = True
             return self.chat(messages, max_tokens, effort)
@@ -1038,7 +1033,7 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
     try:
         for device in devices:
             port = free_port()
-            log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
+            log = LOGS[port] = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
             print(f"starting vLLM with {model} (log: {log})", flush=True)
             here = {**environment, "CUDA_VISIBLE_DEVICES": device} if on_gpu else environment
             with log.open("wb") as out:

@@ -43,10 +43,9 @@ annotate = import_module("01_annotate")
 encode, fail = annotate.encode, annotate.fail
 Row, Options, Verdict = dict[str, Any], dict[str, Any], dict[str, Any]
 
-# ---------------------------------------------------------------------------------------------
-# What a judge is asked and how it answers: [thinking], `</think>`, an empty line, one digit. A judge without
-# reasoning has an empty thinking, so both kinds give their digit in the same place.
-# ---------------------------------------------------------------------------------------------
+# --- What a judge is asked and how it answers -----------------------------------------------------
+# [thinking], `</think>`, an empty line, one digit. A judge without reasoning has an empty thinking, so both
+# kinds give their digit in the same place.
 
 THINK_OPEN, THINK_CLOSE, AFTER_THINKING = "<think>\n", "</think>", "\n\n"
 
@@ -161,9 +160,7 @@ def ask_judge(
     return {**verdict, "cause": None}
 
 
-# ---------------------------------------------------------------------------------------------
-# Fine-tuning.
-# ---------------------------------------------------------------------------------------------
+# --- Fine-tuning ----------------------------------------------------------------------------------
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 SAVE_EVERY = 10  # optimiser steps: what a killed run loses at most
@@ -242,9 +239,7 @@ def sft(options: Options, run: Path, folder: Path) -> None:
                 save_state(folder, step + 1, model, optimizer)
 
 
-# ---------------------------------------------------------------------------------------------
-# Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once.
-# ---------------------------------------------------------------------------------------------
+# --- Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once ---
 
 
 @dataclass
@@ -329,9 +324,7 @@ def check_forward(model: Any, name: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------
-# Agreement with the gold judge, by which the epoch is chosen.
-# ---------------------------------------------------------------------------------------------
+# --- Agreement with the gold judge, by which the epoch is chosen ----------------------------------
 
 
 def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float | None:
@@ -462,10 +455,9 @@ def check_adapter(folder: Path, model: str, rank: int) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------
-# Several GPUs: one process (a rank) on each, with the same weights. Every rank works on its share of a batch;
-# one sum over the gradients of the adapter, and all take the same optimiser step.
-# ---------------------------------------------------------------------------------------------
+# --- Several GPUs ---------------------------------------------------------------------------------
+# One process (a rank) on each, with the same weights. Every rank works on its share of a batch; one sum
+# over the gradients of the adapter, and all take the same optimiser step.
 
 
 def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
@@ -543,9 +535,7 @@ def optimizer_step(model: Any, optimizer: Any, lr: float) -> float:
     return norm
 
 
-# ---------------------------------------------------------------------------------------------
-# The model, and training that can stop anywhere.
-# ---------------------------------------------------------------------------------------------
+# --- The model, and training that can stop anywhere -----------------------------------------------
 
 
 def load_model(name: str, adapter: Path | None, rank: int, modules: Sequence[str], seed: int = 0) -> Any:
@@ -618,9 +608,7 @@ def rewind(path: Path, steps: int) -> None:
     annotate.write_jsonl(path, [r for r in annotate.read_jsonl(path, ["step"]) if r["step"] < steps])
 
 
-# ---------------------------------------------------------------------------------------------
-# The command.
-# ---------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 LARGE = {"lr": 1e-4, "batch": 128, "max_thinking": 4096, "max_prompt": 4096, "temperature": 0.7}
 PRESETS = {

@@ -61,9 +61,7 @@ sft = import_module("02_train_judge")
 fail = annotate.fail
 Row, Options = dict[str, Any], dict[str, Any]
 
-# ---------------------------------------------------------------------------------------------
-# The maths: reward, advantage, loss.
-# ---------------------------------------------------------------------------------------------
+# --- The maths: reward, advantage, loss -----------------------------------------------------------
 
 
 def verifiable_reward(score: int | None, gold: int) -> float:
@@ -120,9 +118,7 @@ def grpo_loss(
     return -(weights_A * surrogate).sum()
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop.
-# ---------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -290,9 +286,7 @@ def publish(endpoint: Any, model: Any, folder: Path, step: int) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------
-# What is kept of a step.
-# ---------------------------------------------------------------------------------------------
+# --- What is kept of a step -----------------------------------------------------------------------
 
 SAVE_ROLLOUTS, SHOW_EVERY = 32, 5
 
@@ -349,9 +343,7 @@ def show(records: Sequence[Row], step: int) -> None:
         tqdm.write(f"  step {step}, {name} {record['reward']:5.2f}: {text[:160]}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The two tasks.
-# ---------------------------------------------------------------------------------------------
+# --- The two tasks --------------------------------------------------------------------------------
 
 
 def judge_task(options: Options, run: Path) -> Task:
@@ -423,9 +415,7 @@ def policy_task(options: Options, run: Path, ask: Ask) -> Task:
     return Task([row for row in rows if len(prompt(row)) <= options["max_prompt"]], prompt, rewards)
 
 
-# ---------------------------------------------------------------------------------------------
-# Where everything runs: servers on their GPUs, ranks on theirs.
-# ---------------------------------------------------------------------------------------------
+# --- Where everything runs: servers on their GPUs, ranks on theirs --------------------------------
 
 GOLD, TRUTH = "gold", "truth"  # in place of a judge: the controls
 
@@ -494,9 +484,7 @@ def report(folder: Path) -> None:
         print(f"{folder.name}: {name} {' -> '.join(f'{fmean(end):.2f}' if end else 'none' for end in ends)}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The commands.
-# ---------------------------------------------------------------------------------------------
+# --- The commands ---------------------------------------------------------------------------------
 
 LARGE = {"group": 8, "lr": 2e-5, "minibatches": 4, "tokens_per_pass": 8192, "checkpoint_every": 50}
 JUDGE_PRESETS = {

@@ -35,7 +35,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import typer
+from matplotlib.figure import Figure
 
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
@@ -55,9 +58,9 @@ def is_pairwise(judge: Row) -> bool:
 
 
 def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
-    """name -> judge.json of every finished judge, and of every base model untrained, whose `adapter` is None.
+    """name -> judge.json of every finished judge, and of every base model untrained, whose `adapter` is None:
 
-    The latter are direct judges; `prompted`: reasoning ones too, and with rubrics if the run has them.
+    as a direct judge; `prompted`: as a reasoning one too, and with rubrics if the run has them.
     """
     found, bases = {}, {}
     for name in sorted(path.parent.name for path in (run / "judges").glob("*/judge.json")):
@@ -86,10 +89,7 @@ def trained_policies(run: Path) -> dict[str, Row]:
 
 
 class ServerCache(ExitStack):
-    """At most one vLLM server at a time, started when it is first needed and ended for another model.
-
-    `users`: the records (judge.json, policy.json) of all that may be asked; they set its limits.
-    """
+    """At most one vLLM server at a time, started when it is first needed; its limits are those of `users`."""
 
     def __init__(self, run: Path, users: Iterable[Row], gpus: str) -> None:
         super().__init__()
@@ -143,11 +143,7 @@ def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Itera
 
 
 def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None, row: Row) -> Row:
-    """`row` with the policy's output to its instruction.
-
-    `fluency` is the mean log-probability of the output's tokens under the untrained base model: no measure of
-    quality, it shows outputs that have become odd.
-    """
+    """`row` with the policy's output, and its `fluency`: mean log-probability under the untrained base model."""
     prompt = annotate.policy_prompt(tokenizer, row["instruction"])
     limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
     (sample,) = endpoint.sample(prompt, model=served, **limits)
@@ -156,10 +152,9 @@ def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None,
 
 
 def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
-    """Outputs of all checkpoints to the test instructions, kept in RUN/evaluation/outputs.jsonl.
+    """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
 
-    Step 0 is the untrained base model; policies of one base share it. Instructions over `max_prompt` tokens
-    are left out (`n` counts the others).
+    Step 0 is the untrained base model; policies of one base share it. A new checkpoint costs its own only.
     """
     path, outputs = run / "evaluation" / "outputs.jsonl", {}
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
@@ -227,8 +222,6 @@ def score_outputs(
 
 def bootstrap(values: Any, level: float = 0.95, draws: int = 2000, seed: int = 0) -> list[float] | None:
     """[low, high], the percentile bootstrap interval of the mean of `values`; None without values."""
-    import numpy as np
-
     if not len(values):
         return None
     means = np.random.default_rng(seed).choice(np.asarray(values, float), (draws, len(values))).mean(1)
@@ -245,10 +238,10 @@ def overlap(outputs: Iterable[str]) -> float | None:
 # A refusal, roughly: the output begins by saying that it will not, or that the request is not allowed.
 REFUSAL = re.compile(
     r"\bI(?:'m| am) sorry,? but\b|\bas an AI\b|\bI (?:must|have to) (?:decline|refuse)\b"
-    r"|\bI (?:cannot|can not|can't|will not|won't|am unable to|'m unable to)(?: be able to)?(?: \w+)? "
-    r"(?:help (?:you|with)|assist|comply|fulfil|provide|answer|create|write|generate|respond)"
-    r"|\b(?:request|prompt|content|instruction)s? (?:\w+ ){0,3}"
-    r"(?:violat|prohibited|not (?:allowed|permitted)|denied|refused|declined)",
+    r"|\bI (?:can(?:not| not|'t)|will not|won't|am unable to)(?: be able to)?(?: \w+)? "
+    r"(?:help (?:you|with)|assist|comply|provide|answer|create|write|generate|respond)"
+    r"|\b(?:request|prompt|content|instruction)s? (?:\w+ ){0,3}(?:violat|prohibited|denied|declined|not allowed"
+    r"|not permitted)",
     re.IGNORECASE,
 )
 
@@ -281,10 +274,10 @@ def curve(frame: Any) -> list[Row]:
 
 
 def findings(run: Path) -> list[str]:
-    """Which of the paper's findings RUN/evaluation/gold.json shows: a line for each policy that could.
+    """Which of the paper's findings gold.json shows: a line for each policy that could. Lifts clear of 0 count.
 
-    1: against a direct judge, its own score rises and gold falls. 2: against a reasoning judge, gold rises,
-    truth falls, and at least half of the last outputs speak of themselves. Intervals must be clear of 0.
+    1: against a direct judge, own rises and gold falls. 2: against a reasoning judge, gold rises, truth falls,
+    and at least half of the last outputs speak of themselves.
     """
     results, lines = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "judges")), []
     for name, judge in sorted(results["judges"].items(), key=lambda item: item[1]):
@@ -322,12 +315,10 @@ COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "refus
 
 
 def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) -> None:
-    """Draw a column for each policy of the frame `points`: policy, step, measures; of several runs, more rows.
+    """Draw a column for each policy of the frame `points` (policy, step, measures; more rows of more runs).
 
     Lines are means. Bands are intervals (MEASURE_interval) where a step has one row, else the range.
     """
-    from matplotlib.figure import Figure
-
     names, ratios = list(points.policy.unique()), [3] + [1] * (len(panels) - 1)
     figure = Figure((3.8 * len(names) + 0.8, 1.2 * sum(ratios) + 0.8), layout="constrained")
     grid = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": ratios}
@@ -352,9 +343,7 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
 
 
 def heatmap(frame: Any, path: Path, label: str, limit: float = 9.0) -> None:
-    """Draw `frame` (rows x columns of numbers, None where there is none) with its values; blue is +`limit`."""
-    from matplotlib.figure import Figure
-
+    """Draw `frame` (rows x columns of numbers, or None) with its values; blue is +`limit`."""
     (height, width), values = frame.shape, frame.to_numpy(float)
     figure = Figure((0.9 * width + 4, 0.42 * height + 2), layout="constrained")
     axis = figure.subplots()
@@ -373,8 +362,6 @@ def heatmap(frame: Any, path: Path, label: str, limit: float = 9.0) -> None:
 @app.command("gold")
 def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus = "0") -> None:
     """The over-optimisation curves: own judge, gold judge and truth over training steps."""
-    import pandas as pd
-
     judges, policies, folder = trained_judges(run), trained_policies(run), run / "evaluation"
     if not policies:
         annotate.fail(f"{run} has no finished policy. Run this first: python 03_rl.py policy --run {run}")
@@ -426,8 +413,6 @@ def judges_command(
     gpus: annotate.Gpus = "0",
 ) -> None:
     """Agreement of every judge with gold on the judges' test set: the paper's alpha x 100, or accuracy."""
-    import pandas as pd
-
     judges, folder, scores = trained_judges(run, prompted), run / "evaluation", {}
     if not judges:
         annotate.fail(f"{run} has no finished judge. Run this first: python 02_train_judge.py --run {run}")
@@ -456,8 +441,6 @@ def mean_and_range(values: Any) -> str:
 @app.command("study")
 def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.g. seeds.")]) -> None:
     """Agreement, findings and curves of several runs: mean and range."""
-    import pandas as pd
-
     results, scores, points = {}, [], []
     for run in sorted(path.parent for path in study.glob("*/annotations")):
         files = {name: run / "evaluation" / f"{name}.json" for name in ("judges", "gold")}
@@ -491,31 +474,28 @@ BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.
 Category = StrEnum("Category", [*BASELINES])
 STYLE = ["token_len", "header_count", "list_count", "bold_count"]
 DRAWS, TAIL = 500, 0.05  # bootstrap draws (the authors: 100), and what an interval leaves out on each side
-LONGEST = 32_768  # tokens of a prompt
+LONGEST, ANSWER, JUDGMENT = 32_768, 2048, 16_000  # tokens: of a prompt; as in the paper; as in the benchmark
 
 # verdict -> (share of the game won by the answer in position A, battles it counts for)
 VERDICTS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
 VERDICTS |= {label[::-1].replace(">", "<"): worth for label, worth in VERDICTS.items()}  # B<<A is A>>B
 
 
-def two_games(row: Row) -> list[tuple[float, int]]:
-    """What `VERDICTS` says of the two games of a judgment; [] unless both have a verdict."""
-    labels = [(game or {}).get("score") for game in [*(row["games"] or []), None, None][:2]]
-    return [VERDICTS[label] for label in labels] if VERDICTS.keys() >= set(labels) else []
-
-
 def battles(row: Row) -> list[float]:
-    """What the candidate won of each battle: 0, 0.5 or 1. It is in position B first, then in A."""
-    games = two_games(row)
-    return [1 - games[0][0]] * games[0][1] + [games[1][0]] * games[1][1] if games else []
+    """What the candidate won of each battle: 0, 0.5 or 1. None at all unless both games have a verdict."""
+    labels = [(game or {}).get("score") for game in [*(row["games"] or []), None, None][:2]]
+    if not VERDICTS.keys() >= set(labels):
+        return []
+    (lost, n_first), (won, n_second) = (VERDICTS[label] for label in labels)  # the baseline is A, then B
+    return [1 - lost] * n_first + [won] * n_second
 
 
 def judge_sanity(rows: Sequence[Row]) -> Row:
-    """consistent: share of questions whose games have one winner; position: share won by A, 0.5 is no bias."""
-    games = [[won for won, _ in two_games(row)] for row in rows if two_games(row)]
-    values = {"consistent": [a + b == 1 for a, b in games], "position": [(a + b) / 2 for a, b in games]}
+    """consistent: share of questions with one winner in both games; position: share won by A (0.5: no bias)."""
+    games = [[VERDICTS[game["score"]][0] for game in row["games"]] for row in rows if battles(row)]
     counts = {"questions": len(rows), "without both verdicts": len(rows) - len(games)}
-    return counts | {key: fmean(shares) if shares else None for key, shares in values.items()}
+    shares = {"consistent": [a + b == 1 for a, b in games], "position": [(a + b) / 2 for a, b in games]}
+    return counts | {key: fmean(values) if values else None for key, values in shares.items()}
 
 
 def style_metadata(text: str) -> dict[str, dict[str, int]]:
@@ -542,12 +522,10 @@ def style_difference(candidate: Row, baseline: Row) -> list[float]:
 
 
 def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any, beta_K: Any) -> Any:
-    """The K coefficients of the greatest likelihood of B battles, by Newton's method from `beta_K`.
+    """The K coefficients of greatest likelihood of B battles, by Newton's method from `beta_K`.
 
-    NaN where there is no maximum (separable battles): there, steps of about 1 in log-odds never end.
+    NaN where there is no maximum: of separable battles, steps of about 1 in log-odds never end.
     """
-    import numpy as np
-
     for _ in range(20):
         p_B = 1 / (1 + np.exp(-features_BK @ beta_K))
         hessian_KK = (features_BK.T * (weights_B * p_B * (1 - p_B))) @ features_BK
@@ -566,9 +544,6 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
     the z-scored style differences); the score is the win rate at the average style, or None where that has
     no maximum (then the reason is printed). Intervals: 5 to 95 % of a bootstrap over battles.
     """
-    import numpy as np
-    import pandas as pd
-
     records, baseline, rng = [], BASELINES[category], np.random.default_rng(seed)
     for row in filter(battles, rows):
         answers = [metadata.get(model, {}).get(row["uid"]) for model in (row["model"], baseline)]
@@ -610,7 +585,7 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
             score["ci_style"] = interval(1 / (1 + np.exp(-draws_DK[:, k])))
         if score["ci_style"] is None:
             print(
-                f"{name}: all won or lost, or won by style alone, here or in resamples: no score_style or ci_style"
+                f"{name}: all won, all lost or style decides (here or in resamples): no score_style or ci_style"
             )
         scores[name] = {**score, "battles": len(won)}
     return scores
@@ -625,8 +600,6 @@ def arena_score_command(
     seed: annotate.Seed = 0,
 ) -> None:
     """Scores of an Arena-Hard-V2 folder, with and without style control, as its authors compute them."""
-    import pandas as pd
-
     folders = {path.parent.name: path.parent for path in sorted((data / "model_judgment").glob("*/*.jsonl"))}
     judge = judge or (min(folders) if len(folders) == 1 else "gpt-4.1")
     if judge not in folders:
@@ -689,69 +662,46 @@ def arena_messages(rules: str, question: str, a: str, b: str) -> list[dict[str, 
     return [{"role": "system", "content": rules}, {"role": "user", "content": case}]
 
 
-def load_benchmark(data: str, categories: Sequence[str], limit: int) -> tuple[dict[str, Row], dict[str, Any]]:
-    """uid -> question (the first `limit` of each category; 0: all), category -> uid -> the baseline's answer."""
-    folder, questions, theirs = Path(data), {}, {}
+def load_benchmark(data: str, category: str, limit: int) -> tuple[dict[str, Row], dict[str, str]]:
+    """(uid -> question, the first `limit` or all if 0; uid -> the baseline's answer) of a folder or hub id."""
+    folder, root = Path(data), "data/arena-hard-v2.0"
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        root, files = "data/arena-hard-v2.0", [f"model_answer/{name}.jsonl" for name in BASELINES.values()]
-        wanted = [f"{root}/{file}" for file in ("question.jsonl", *files)]
+        wanted = [f"{root}/question.jsonl", f"{root}/model_answer/{BASELINES[category]}.jsonl"]
         folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
     rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category", "prompt"))
-    for category in categories:
-        chosen = {row["uid"]: row for row in rows if row["category"] == category}
-        questions |= dict(itertools.islice(chosen.items(), limit or None))
-        answers = annotate.read_jsonl(
-            folder / "model_answer" / f"{BASELINES[category]}.jsonl", ("uid", "messages")
-        )
-        said = {row["uid"]: row["messages"][-1]["content"] for row in answers}
-        theirs[category] = {
-            uid: text["answer"] if isinstance(text, dict) else text for uid, text in said.items()
-        }
-        if not chosen or chosen.keys() - said.keys():
-            annotate.fail(
-                f"{folder} lacks questions of {category}, or an answer of {BASELINES[category]} to one."
-            )
-    return questions, theirs
-
-
-def call_all(
-    path: Path, tasks: dict[str, Row], server: Any, call: Any, label: str, threads: int
-) -> dict[str, Row]:
-    """uid -> {**task, **call(opened server, task)}, kept in `path`; `server` is opened where some are missing.
-
-    A refused call is kept with its cause, left out here, counted, and made again when the command is repeated.
-    """
-    import openai
-
-    def work(task: Row) -> Row:
-        try:
-            return {**task, **call(*opened, task), "cause": None}
-        except openai.APIStatusError as error:
-            return {**task, "games": [], "metadata": None, "cause": opened[0].refusal(error)}
-
-    done = [row for row in annotate.read_jsonl(path, ["id", "cause"]) if not row["cause"]]
-    if tasks.keys() - {row["id"] for row in done}:
-        with server as opened:
-            annotate.write_jsonl(path, done)
-            done = annotate.map_to_jsonl(path, tasks, work, label, threads)
-    if failed := [row["cause"] for row in done if row["cause"]]:
-        print(
-            f"{label}: {len(failed)} of {len(tasks)} calls failed; repeat the command for them. {failed[0]}"
-        )
-    return {row["id"]: row for row in done if row["id"] in tasks and not row["cause"]}
+    questions = {row["uid"]: row for row in rows if row["category"] == category}
+    path, answers = folder / "model_answer" / f"{BASELINES[category]}.jsonl", {}
+    for row in annotate.read_jsonl(path, ("uid", "messages")):
+        content = row["messages"][-1]["content"]
+        answers[row["uid"]] = content["answer"] if isinstance(content, dict) else content
+    if not questions or questions.keys() - answers.keys():
+        annotate.fail(f"{folder} lacks questions of {category}, or {path.name} an answer to one of them.")
+    return dict(itertools.islice(questions.items(), limit or None)), answers
 
 
 @contextmanager
-def arena_server(judge: str, url: str, tokens: int, gpus: str, logs: Path) -> Iterator[tuple[Any, None]]:
+def arena_server(judge: str, url: str, gpus: str, logs: Path) -> Iterator[Any]:
     """The arena judge: hosted, or served by us if it is a folder or hub id and no URL is given."""
     if url or "/" not in judge:
-        yield annotate.open_endpoint(url or HOSTED, judge, "ARENA_API_KEY"), None
+        yield annotate.open_endpoint(url or HOSTED, judge, "ARENA_API_KEY")
     else:
-        room = min(annotate.context_length(judge), tokens + LONGEST)
+        room = min(annotate.context_length(judge), 2 * JUDGMENT + LONGEST)
         with annotate.serve(judge, logs, room, gpus) as endpoint:
-            yield endpoint, None
+            yield endpoint
+
+
+def play(endpoint: Any, task: Row) -> Row:
+    """The judgment of a question: a game with the baseline's answer in position A, one with the candidate's."""
+    games = []
+    for a, b in (("theirs", "ours"), ("ours", "theirs")):
+        messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task[a], task[b])
+        text, _, cause = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
+        games.append({"score": last_verdict(text or ""), "judgment": {"answer": text}, "cause": cause})
+    about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline")}
+    refused = [game["cause"] for game in games if str(game["cause"]).startswith("refused")]
+    return {**about, "games": games, "cause": refused[0] if refused else None}
 
 
 @app.command("arena")
@@ -763,8 +713,6 @@ def arena_command(
     data: Annotated[str, typer.Option(help="A folder of the benchmark's layout, or the hub id.")] = HUB,
     category: Annotated[Category | None, typer.Option(help="Default: both.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Questions of each category; 0: all.")] = 0,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer (paper: 2048 in RL).")] = 2048,
-    judge_tokens: Annotated[int, typer.Option(min=1, help="Longest judgment; the benchmark's own.")] = 16_000,
     threads: annotate.Threads = 64,
     gpus: annotate.Gpus = "0",
 ) -> None:
@@ -774,59 +722,62 @@ def arena_command(
     if not (known := [number for number in steps if step in ("", str(number))]):
         annotate.fail(f"--policy {policy}: {run} has no such policy, or it no such step ({list(steps)}).")
     label, model, judge = f"{name}-{known[-1]}", found[name]["model"], Path(arena_judge).name
-    questions, theirs = load_benchmark(data, [category] if category else [*BASELINES], limit)
     folder, tokenizer = run / "evaluation" / "arena", annotate.load_tokenizer(model)
-    limits = {"answer_tokens": answer_tokens, "judge_tokens": judge_tokens}
-    annotate.record_config(folder, {"tokenizer": model, **limits})
+    annotate.record_config(run / "evaluation", {})
+    annotate.record_config(folder, {"tokenizer": model})
 
-    def written(text: str) -> Row:
-        style = {"token_len": len(annotate.encode(tokenizer, text)), **style_metadata(text)}
-        return {"messages": [{"role": "assistant", "content": {"answer": text}}], "metadata": style}
+    def publish(name: str, texts: dict[str, str]) -> None:
+        rows = []
+        for uid, text in texts.items():
+            style = {"token_len": len(annotate.encode(tokenizer, text)), **style_metadata(text)}
+            messages = [{"role": "assistant", "content": {"answer": text}}]
+            rows.append({"uid": uid, "model": name, "messages": messages, "metadata": style})
+        annotate.write_jsonl(folder / "model_answer" / f"{name}.jsonl", rows)
 
-    def answer(endpoint: Any, served: str | None, task: Row) -> Row:
-        prompt = annotate.policy_prompt(tokenizer, questions[task["uid"]]["prompt"])
-        (sample,) = endpoint.sample(prompt, model=served, temperature=0, max_tokens=answer_tokens)
-        return written(sample.text.strip())
-
-    def play(endpoint: Any, _: None, task: Row) -> Row:
-        sides, games = (theirs[task["category"]][task["uid"]], ours[task["uid"]]), []
-        for a, b in (sides, sides[::-1]):  # the baseline in position A, then the candidate
-            rules, question = ARENA_RULES[task["category"]], questions[task["uid"]]["prompt"]
-            text, _, finished = endpoint.chat(arena_messages(rules, question, a, b), judge_tokens)
-            # One that was cut off has not come to its verdict, whatever labels it has mentioned.
-            games.append({"score": last_verdict(text) if finished else None, "judgment": {"answer": text}})
-        return {"games": games}
-
-    for kind, answers in theirs.items():
-        rows = [{"uid": uid, "model": BASELINES[kind], **written(text)} for uid, text in answers.items()]
-        annotate.write_jsonl(folder / "model_answer" / f"{BASELINES[kind]}.jsonl", rows)
-    room = min(annotate.context_length(model) - answer_tokens - 16, LONGEST)  # a longer question is refused
-    user = {**found[name], "max_prompt": room, "max_tokens": answer_tokens}
-    with ServerCache(run, [user], gpus) as servers:
-        path, tasks = (
-            folder / "model_answer" / f"{label}.jsonl",
-            {uid: {"uid": uid, "model": label} for uid in questions},
-        )
-        done = call_all(
-            path, tasks, servers.adapter(model, steps[known[-1]]), answer, f"answers of {label}", threads
-        )
-    ours = {uid: row["messages"][0]["content"]["answer"] for uid, row in done.items()}
-    tasks = {uid: {**tasks[uid], "judge": judge, "category": questions[uid]["category"]} for uid in ours}
-    path = folder / "model_judgment" / judge / f"{label}.jsonl"
-    todo = tasks.keys() - {row["id"] for row in annotate.read_jsonl(path) if not row["cause"]}
-    texts = [(questions[uid]["prompt"], theirs[tasks[uid]["category"]][uid], ours[uid]) for uid in todo]
-    read, write = (
-        sum(map(len, itertools.chain(*texts))) // 2,
-        1600 * len(todo),
-    )  # 4 characters a token; 2 games
-    price = sum(n * dollars / 1e6 for n, dollars in zip((read, write), PRICES.get(arena_judge, ())))
-    costs = f", about {price:.2f} dollars" if price else ""
+    room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
+    user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+    tasks: dict[str, Row] = {}
+    kinds = [category] if category else [*BASELINES]
+    for kind in kinds:
+        questions, theirs = load_benchmark(data, kind, limit)
+        publish(BASELINES[kind], theirs)
+        about = {"model": label, "judge": judge, "baseline": BASELINES[kind]}
+        tasks |= {uid: {**row, **about, "theirs": theirs[uid]} for uid, row in questions.items()}
+    asked = {uid: {"instruction": task["prompt"]} for uid, task in tasks.items()}
+    short = {
+        u: t for u, t in asked.items() if len(annotate.policy_prompt(tokenizer, t["instruction"])) <= room
+    }
     print(
-        f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out{costs}", flush=True
+        f"{label}: {len(asked) - len(short)} of {len(asked)} questions are over {room} tokens, and left out"
     )
-    server = arena_server(arena_judge, arena_url, judge_tokens, gpus, run / "logs")
-    call_all(path, tasks, server, play, f"games judged by {judge}", threads)
-    for kind in theirs:
+    path = folder / "answers" / f"{label}.jsonl"
+    if missing(path, short):
+        with ServerCache(run, [user], gpus) as servers, servers.adapter(model, steps[known[-1]]) as served:
+            work = partial(write_output, user, tokenizer, *served)
+            annotate.map_to_jsonl(path, short, work, f"answers of {label}", threads)
+    ours = {row["id"]: row["output"] for row in annotate.read_jsonl(path)}
+    publish(label, ours)
+    path = folder / "model_judgment" / judge / f"{label}.jsonl"
+    done = [row for row in annotate.read_jsonl(path) if not row["cause"]]
+    annotate.write_jsonl(path, done)  # without calls that failed: they are made again
+    tasks = {uid: {**tasks[uid], "ours": ours[uid]} for uid in short}
+    if todo := [tasks[uid] for uid in tasks.keys() - {row["id"] for row in done}]:
+        read = (
+            sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
+        )  # 4 a token, 2 games
+        write, dollars = 1600 * len(todo), PRICES.get(arena_judge)  # 800 tokens a game, we guess
+        price = f", about {(read * dollars[0] + write * dollars[1]) / 1e6:.2f} dollars" if dollars else ""
+        print(
+            f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out{price}",
+            flush=True,
+        )
+        with arena_server(arena_judge, arena_url, gpus, run / "logs") as endpoint:
+            rows = annotate.map_to_jsonl(
+                path, tasks, partial(play, endpoint), f"games judged by {judge}", threads
+            )
+        if failed := [row["cause"] for row in rows if row["cause"]]:
+            print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
+    for kind in kinds:
         arena_score_command(folder, kind, folder / f"scores-{judge}-{kind}.json", judge)
 
 

@@ -1,7 +1,8 @@
 """An OpenAI-compatible server on 127.0.0.1 that misbehaves on demand: `with stub() as url`.
 
 The path of a request says what happens to it: URL/AFTER/MODE/v1/… answers the first AFTER chat requests well
-and the others in MODE. The key is `secret`, the model `gold`; its label is the length of the prompt mod 10.
+and the others in MODE. The key is `secret`, the model `gold`; its label is the length of the prompt mod 10,
+of two answers the first.
 """
 
 import json
@@ -36,11 +37,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         _, after, mode, *_ = self.path.split("/")
-        text = body["messages"][-1]["content"]
+        text = body["messages"][-1]["content"] if "messages" in body else ""
         with self.server.lock:
             number = self.server.asked[self.path] = self.server.asked[self.path] + 1
             self.server.bodies.append(body)
-        good = 200, chat(str(len(text) % 10))
+        good = 200, chat("1" if "[answer 1 " in text else str(len(text) % 10))
         if number <= int(after):
             return self.reply(*good)
         refused = {"error": {"message": "content filter"}}

@@ -135,7 +135,6 @@ BLEMISHES = [
     (row("same", "a", "a"), ["a"], USED),
     (row("one empty", " \n", "b"), ["b"], USED),
     (row("one is None", None, "b"), ["b"], USED),
-    (row("parts", turns("parts", [{"type": "text", "text": "a"}]), "b"), ["b"], USED),
     (row("no chat", [], "b"), ["b"], USED),
     (row("one too long", "a", "b" * 51), ["a"], USED),
     (row("turns", turns("turns", "x", "more", "a"), turns("else", "b")), None, NOT_SINGLE),
@@ -160,11 +159,8 @@ def read(tmp_path: Path, rows: list[Any], **more: Any) -> tuple[list[Any], dict[
 def test_each_blemish_is_counted(line: Any, kept: Any, counted: str, tmp_path: Path, capsys: Any) -> None:
     rows = [*HELD_OUT[:3], line, *HELD_OUT[3:]]
     _, candidates = read(tmp_path, rows)
-    assert len(candidates) == (4 if kept else 3) and candidates.get(line["prompt"], kept) in (
-        kept,
-        ["a", "b"],
-    )
-    lines = re.findall(r" ([\d,]+)  row (?:dropped: )?(.+)", capsys.readouterr().out)
+    assert len(candidates) == (4 if kept else 3) and (not kept or candidates[line["prompt"]] == kept)
+    lines = re.findall(r" ([\d,]+)  rows (?:dropped: )?(.+)", capsys.readouterr().out)
     counts = {name: int(number) for number, name in lines}
     assert sum(counts.values()) == len(rows) and counts[counted] == (4 if kept else 1)
 
@@ -198,7 +194,7 @@ def test_real_texts_as_preferences_and_in_prompts(tmp_path: Path, tokenizer: Any
     rows = [row(r["input"], r["output_1"], r["output_2"]) for r in pairs] + HELD_OUT
     _, candidates = read(tmp_path, rows, max_chars=8000, judge_train=10**6)
     assert len(candidates) == len({" ".join(r["input"].split()) for r in pairs}) + 3 > 300
-    seen = f"{len(pairs) - len(candidates) + 3:8,}  row dropped: instruction seen before"
+    seen = f"{len(pairs) - len(candidates) + 3:8,}  rows dropped: instruction seen before"
     assert seen in capsys.readouterr().out
     for r in pairs[::9]:
         messages = annotate.judge_messages(r["input"], r["output_1"])
@@ -397,15 +393,14 @@ def test_reading_of_gold_answers(answers: list[Any], expected: tuple[Any, ...]) 
     assert limits == [100, 200][: len(answers)]
 
 
-def test_pairs_efforts_and_rubrics_by_the_oracle(tmp_path: Path) -> None:
+def test_pairs_efforts_and_rubrics_by_the_oracle(tmp_path: Path, monkeypatch: Any) -> None:
     """Beside the labels, which stay as they are; pairs are in random order, ties have no label."""
     answers = ["A soft rain.", "so " * 16 + "rain bread river.", "I am here", "This sentence: soft rain."]
     texts = [annotate.TEMPLATE.format(topic=topic, word="soft") for topic in annotate.TOPICS[:30]]
-    rows = [{"id": annotate.short_hash(t), "split": "judge_train", "instruction": t} for t in texts]
-    outputs = [{**r, "id": f"{r['id']}-{n}", "output": text} for r in rows for n, text in enumerate(answers)]
+    rows = annotate.split_instructions(texts, {"judge_train": 30}, 0)
+    made = rows, dict.fromkeys(texts, answers)
+    monkeypatch.setattr(annotate, "template_outputs", lambda options, run: made)
     folder, line = tmp_path / "run" / "annotations", ["--preset", "laptop", "--run", f"{tmp_path}/run"]
-    annotate.write_jsonl(folder / "instructions.jsonl", rows)
-    annotate.write_jsonl(folder / "outputs.jsonl", outputs)
     assert CliRunner().invoke(annotate.app, line).exit_code == 0
     before = (folder / "labels.jsonl").read_bytes()
     result = CliRunner().invoke(annotate.app, [*line, "--efforts", "low,medium", "--rubrics", "--pairs"])
@@ -419,16 +414,12 @@ def test_pairs_efforts_and_rubrics_by_the_oracle(tmp_path: Path) -> None:
             assert (r["label"], r["cause"]) == same and r["reasoning"] == reasoning
     assert any(r["cause"] for r in labels(tmp_path, "labels-low"))
     assert all(r["rubric"] == annotate.oracle_rubric(r["instruction"]) for r in labels(tmp_path, "rubrics"))
-    pairs, shown = labels(tmp_path, "pairs"), {r["id"]: r["output"] for r in outputs}
+    pairs, shown = labels(tmp_path, "pairs"), {r["id"]: r["output"] for r in labels(tmp_path)}
     assert len(pairs) == 90 and 25 < sum(r["swapped"] for r in pairs) < 65
     for r in pairs:
         one, two = (annotate.oracle(r["instruction"], r[key])[0] for key in ("output", "other"))
-        expected = 1.5 if one == two else 1 if one > two else 2
-        assert (r["expected"], r["label"], r["cause"] == "tie") == (
-            expected,
-            expected % 1 == 0 and expected or None,
-            one == two,
-        )
+        label = None if one == two else 1 if one > two else 2
+        assert (r["label"], r["expected"]) == (label, label or 1.5) and (r["cause"] == "tie") == (one == two)
         assert (r["output"] != shown[r["id"].rsplit("-", 1)[0]]) == r["swapped"]
 
 
@@ -501,7 +492,7 @@ time.sleep(60)
 
 
 def test_a_folder_has_one_user_and_one_set_of_options(tmp_path: Path, capsys: Any) -> None:
-    """Whoever comes second is told so; kill -9 frees the folder; other options are refused once work began."""
+    """The second user is told so; kill -9 frees the folder; other options are refused once work began."""
     options, folder = {"lr": 0.1, "threads": 8, "modules": ["a", "b"]}, tmp_path / "judge"
     line = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
@@ -580,7 +571,7 @@ stages[0].start(app)
 
 
 def test_a_poor_terminal_few_open_files_and_quick_help() -> None:
-    """Faults 13 and R3: a print ends no command, the limit of open files is raised; help imports nothing slow."""
+    """Faults 13 and R3: a print ends no command, the limit of files is raised; help imports nothing slow."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
     def lower() -> None:

@@ -369,13 +369,11 @@ def arena(tmp_path: Path, judge: Any) -> Any:
     for step in (4, 12):
         folder = tmp_path / f"run/policies/direct/checkpoints/step-{step:06d}"
         annotate.write_json(folder / "adapter_config.json", {"base_model_name_or_path": MODEL, "r": 16})
-    options = {"tokenizer": MODEL, "answer_tokens": 2048, "judge_tokens": 16_000}
+    options = {"tokenizer": MODEL}
     annotate.write_json(tmp_path / "run/evaluation/arena/config.json", {"options": options})
-    content = [{"role": "assistant", "content": {"answer": OURS}}]
-    style = {"token_len": 9, **evaluate.style_metadata(OURS)}
-    rows = [{"id": q["uid"], "uid": q["uid"], "model": "direct-12"} for q in asked]
-    rows = [{**row, "messages": content, "metadata": style, "cause": None} for row in rows]
-    annotate.write_jsonl(tmp_path / "run/evaluation/arena/model_answer/direct-12.jsonl", rows)
+    annotate.write_json(tmp_path / "run/evaluation/config.json", {"options": {}})
+    rows = [{"id": q["uid"], "output": OURS} for q in asked]
+    annotate.write_jsonl(tmp_path / "run/evaluation/arena/answers/direct-12.jsonl", rows)
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     options = f"--policy direct --arena-judge judge --arena-url {url} --data {tmp_path}/data"
     return lambda more="": run(f"arena --run {tmp_path}/run {options} {more}")
@@ -409,9 +407,9 @@ def test_a_failed_call_is_counted_and_made_again(tmp_path: Path, arena: Any, jud
 
     judge.reply, path = reply, tmp_path / "run/evaluation/arena/model_judgment/judge/direct-12.jsonl"
     result = arena("--category hard_prompt")
-    assert "1 of 2 calls failed" in result.output and "content filter" in result.output, result.output
+    assert "1 of 2 questions failed" in result.output and "content filter" in result.output, result.output
     rows = {row["uid"]: row for row in annotate.read_jsonl(path)}
-    assert rows["hard_prompt-0"]["games"] == [] and "400" in rows["hard_prompt-0"]["cause"]
+    assert "400" in rows["hard_prompt-0"]["cause"] and not evaluate.battles(rows["hard_prompt-0"])
     assert [g["score"] for g in rows["hard_prompt-1"]["games"]] == [None, None], "cut off: no verdict"
     judge.reply, before = fond_of_ours, len(judge.calls)
     assert "failed" not in arena("--category hard_prompt").output
@@ -456,4 +454,4 @@ def test_a_question_that_the_baseline_did_not_answer(tmp_path: Path, arena: Any)
     path = tmp_path / "data/model_answer" / f"{O3}.jsonl"
     path.write_text(path.read_text().split("\n")[0])
     result = arena()
-    assert result.exit_code == 1 and f"or an answer of {O3}" in result.output
+    assert result.exit_code == 1 and f"{O3}.jsonl an answer to one of them" in result.output

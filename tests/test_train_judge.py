@@ -1,6 +1,5 @@
 """Stage 2 without a live model: what a judge is asked and answers, packing, agreement, several ranks."""
 
-import json
 import math
 import random
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import openai
 import peft
 import pytest
 import torch
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from stub import stub
 from test_annotate import ASKED, hostile, slowly
 from test_frozen import FROZEN, tiny_llama
+from typer.testing import CliRunner
 
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
@@ -38,7 +39,7 @@ class Says:
     def client(self, prompt: list[int]) -> Any:
         return SimpleNamespace(completions=SimpleNamespace(create=self.create))
 
-    def sample(self, prompt: list[int], **_: Any) -> list[Any]:
+    def sample(self, prompt: list[int], n: int, model: Any, **_: Any) -> list[Any]:
         self.asked.append(prompt)
         before, closed, _ = self.thinking.partition("</think>")
         return [annotate.Sample(annotate.encode(self.tokenizer, before + closed), [], before + closed, True)]
@@ -86,7 +87,7 @@ def test_expected_scores_and_ties(tokenizer: Any, capsys: pytest.CaptureFixture[
     judge.endpoint.probabilities = [0.5, 0.3]
     with pytest.raises(SystemExit):
         sft.ask_judge(judge, ASKED, "a", "b")
-    assert "no label constraint" in capsys.readouterr().err
+    assert "not constrained to the labels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("character", ["9", "<", "\n", "\u202e", "\x00", "中"])
@@ -98,8 +99,6 @@ def test_a_megabyte_of_one_character_is_an_invalid_judgement(tokenizer: Any, cha
 
 
 def test_a_refused_request_is_an_invalid_judgement_a_dead_server_is_none(tokenizer: Any) -> None:
-    import openai
-
     for reasoning in (False, True):
         with stub() as url:
             endpoint = annotate.Endpoint(f"{url}/0/refuse/v1", "secret", "gold", retries=0)
@@ -110,16 +109,10 @@ def test_a_refused_request_is_an_invalid_judgement_a_dead_server_is_none(tokeniz
                 sft.ask_judge(sft.Judge(endpoint, tokenizer, None, reasoning), ASKED, "Rain.")
 
 
-def test_a_judge_trained_with_rubrics_is_asked_with_that_of_the_instruction(tokenizer: Any) -> None:
-    rubrics = {
-        annotate.short_hash("Write."): "3: rain.\n6: </think>",
-        annotate.short_hash("Other."): "9: snow.",
-    }
-    endpoint = Says(tokenizer, "", [0.1] * 10)
+def test_a_judge_trained_with_rubrics_is_asked_with_them(tokenizer: Any) -> None:
+    endpoint, rubrics = Says(tokenizer, "", [0.1] * 10), {"Write.": "3: rain.\n6: </think>", "Other.": "9"}
     judge = sft.Judge(endpoint, tokenizer, None, False, rubrics=rubrics)
     sft.ask_judge(judge, "Write.", "Rain falls.")
-    messages = annotate.judge_messages("Write.", "Rain falls.", rubric="3: rain.\n6: </think>")
-    assert endpoint.asked == [sft.judge_prompt(tokenizer, messages, False)]
     text = tokenizer.decode(endpoint.asked[0])
     assert "Instruction: Write.\n\nRubric:\n3: rain.\n6: < /think>\n\n[answer " in text
     with pytest.raises(SystemExit):
@@ -137,31 +130,27 @@ def test_prompt_and_answer_meet_at_the_digit(tokenizer: Any) -> None:
         sft.label_token_ids(tokenizer, ["7", "12"])
 
 
-def test_the_options_of_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault R4: twice the room for two outputs. Effort of the labels' own is none; examples by the seed."""
+def test_the_options_of_a_judge(tmp_path: Path, monkeypatch: Any) -> None:
+    """Fault R4: twice the room for two outputs. The labels' own effort is none; examples by the seed."""
     write_run(tmp_path)
     seen: list[Any] = []
     monkeypatch.setattr(sft, "on_ranks", lambda work, gpus, *arguments: seen.append(arguments))
-    monkeypatch.setattr(sft, "choose_epoch", lambda options, run, folder: pytest.fail("enough"))
+    monkeypatch.setattr(sft, "choose_epoch", lambda options, run, folder: annotate.fail("far enough"))
 
-    def options(line: str) -> tuple[Any, Any]:
-        from typer.testing import CliRunner
-
+    def asked_for(line: str) -> tuple[Any, Any]:
         CliRunner().invoke(sft.app, ["--run", str(tmp_path), *line.split()])
         return seen[-1][0], seen[-1][2].name
 
-    pointwise, name = options("--no-reasoning --max-prompt 300 --examples 5 --seed 3")
-    assert name == "direct-sft" and (pointwise["max_prompt"], pointwise["max_thinking"]) == (300, 96)
-    drawn = [row["id"] for row in sft.training_rows(pointwise, tmp_path)]
-    assert drawn == [row["id"] for row in random.Random(3).sample(FROZEN["rows"], 5)]
-    pairwise, name = options("--reasoning --pairwise --max-prompt 300")
-    assert name == "reasoning-pairwise-sft"
-    assert (pairwise["max_prompt"], pairwise["max_thinking"]) == (600, 192)
-    same, name = options("--reasoning --effort high --name mine")
-    assert name == "mine-sft" and same["effort"] == ""
-    low, name = options("--reasoning --effort low --rubrics")
-    assert name == "reasoning-low-rubrics-sft" and low["effort"] == "low"
-    assert [row["id"] for row in sft.training_rows(low, tmp_path)] == ["2", "4"]
+    options, name = asked_for("--no-reasoning --max-prompt 300 --examples 5 --seed 3")
+    assert (name, options["max_prompt"], options["max_thinking"]) == ("direct-sft", 300, 96)
+    assert sft.training_rows(options, tmp_path) == random.Random(3).sample(FROZEN["rows"], 5)
+    options, name = asked_for("--reasoning --pairwise --max-prompt 300")
+    assert (name, options["max_prompt"], options["max_thinking"]) == ("reasoning-pairwise-sft", 600, 192)
+    options, name = asked_for("--reasoning --effort high --name mine")
+    assert (name, options["effort"]) == ("mine-sft", "")
+    options, name = asked_for("--reasoning --effort low --rubrics")
+    assert (name, options["effort"]) == ("reasoning-low-rubrics-sft", "low")
+    assert [row["id"] for row in sft.training_rows(options, tmp_path)] == ["2", "4"]
 
 
 # --- packing -------------------------------------------------------------------------------------
@@ -190,8 +179,8 @@ def reference_logprobs(model: Any, prompt: list[int], answer: list[int], tempera
     return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
 
 
-@pytest.mark.parametrize(("budget", "chunk"), [(1, 2048), (20, 3), (45, 2048), (10_000, 3)])
-def test_packed_equals_unpacked(budget: int, chunk: int) -> None:
+@pytest.mark.parametrize("budget", [1, 20, 45, 10_000])
+def test_packed_equals_unpacked(budget: int) -> None:
     """Log-probabilities and gradients are those of each pair alone, whatever shares its pass."""
     model, pairs = random_llama(), random_pairs(seed=1)
     expected = [reference_logprobs(model, p, a, 0.7) for p, a in pairs]
@@ -202,7 +191,7 @@ def test_packed_equals_unpacked(budget: int, chunk: int) -> None:
     seen = []
     for packed in sft.pack(pairs, budget):
         members = list(dict.fromkeys(packed.owners_A))
-        logprobs = sft.answer_logprobs(model, packed, 0.7, chunk).double()
+        logprobs = sft.answer_logprobs(model, packed, 0.7).double()
         assert torch.allclose(logprobs, torch.cat([expected[i] for i in members]), atol=1e-5)
         (logprobs * torch.cat([weights[i] for i in members])).sum().backward()
         assert len(packed.ids_S) <= budget or len(members) == 1
@@ -220,58 +209,43 @@ def test_a_shared_prompt_is_paid_for_once() -> None:
     assert sum(len(p.ids_S) for p in sft.pack(strangers, budget=1000)) == 4 * 7
 
 
-TRAINED = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {"sliding_window": None}}
-OTHERS = {
-    "Mistral": {"sliding_window": 16},
-    "Gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
-    "Granite": {"logits_scaling": 8.0},
-    "Cohere": {},
-    "Phi3": {"sliding_window": 16, "pad_token_id": 0},
-}
 CLASSES = [
-    *((name, more, True) for name, more in TRAINED.items()),
-    *((n, m, False) for n, m in OTHERS.items()),
+    *[("Llama", {}, True), ("Qwen2", {}, True), ("Qwen3", {"head_dim": 8}, True)],
+    *[("Mistral", {"sliding_window": None}, True), ("Mistral", {"sliding_window": 16}, False)],
+    *[("Granite", {"logits_scaling": 8.0}, False), ("Cohere", {}, False)],
+    ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}, False),
 ]
 
 
-@pytest.mark.parametrize(("name", "more", "trained"), CLASSES, ids=[f"{c[0]} {c[2]}" for c in CLASSES])
+@pytest.mark.parametrize(("name", "more", "trained"), CLASSES)
 def test_a_class_that_does_more_than_ours_is_refused(
     name: str, more: Any, trained: bool, capsys: Any
 ) -> None:
-    """Fault 5: on 60 tokens the log-probabilities are the model's own, or the model is refused by its name."""
+    """Fault 5: on 60 tokens the log-probabilities are the model's own, or it is refused by its name."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
     config = getattr(transformers, f"{name}Config")(**{**sizes, **heads, **more})
     base = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    linear = peft.LoraConfig(r=4, target_modules="all-linear")
-    model = peft.get_peft_model(base, linear)
-    if trained:
-        sft.check_forward(model, "some/model")
-        prompt, answer = [n % 90 for n in range(40)], [n * 7 % 90 for n in range(20)]
-        (packed,) = sft.pack([(prompt, answer)], 512)
-        with torch.no_grad():
-            own = reference_logprobs(base, prompt, answer)
-            assert torch.allclose(sft.answer_logprobs(model, packed), own, atol=1e-4)
-    else:
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    if not trained:
         with pytest.raises(SystemExit):
             sft.check_forward(model, "some/model")
         assert "some/model" in capsys.readouterr().err
+        return
+    sft.check_forward(model, "some/model")
+    prompt, answer = [n % 90 for n in range(40)], [n * 7 % 90 for n in range(20)]
+    (packed,) = sft.pack([(prompt, answer)], 512)
+    with torch.no_grad():
+        own = reference_logprobs(base, prompt, answer)
+        assert torch.allclose(sft.answer_logprobs(model, packed), own, atol=1e-4)
 
 
 # --- agreement -----------------------------------------------------------------------------------
 
 
-def test_alpha_is_between_its_ends() -> None:
-    """The formula's own numbers are in frozen.json, the published ones too."""
-    scores = [0, 3, 5, 7, 9]
-    assert sft.krippendorff_alpha(zip(scores, scores)) == 1
-    assert sft.krippendorff_alpha([(7, 6.999999)] * 20) == pytest.approx(-0.95, abs=1e-9), "fault 14"
-    assert sft.krippendorff_alpha([(5, 5), (5, 5)]) is None and sft.krippendorff_alpha([]) is None
-
-
 def judged(*triples: Any) -> list[Any]:
-    return [{"gold": g, "label": l, "expected": e, "thinking_tokens": 2} for g, l, e in triples]
+    return [dict(zip(("gold", "label", "expected", "thinking_tokens"), (*triple, 2))) for triple in triples]
 
 
 def test_invalid_judgements_are_counted_not_scored() -> None:
@@ -297,7 +271,7 @@ def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
 def test_pairs_are_scored_by_the_place_of_golds_choice() -> None:
     def score(counts: dict[Any, int]) -> dict[str, Any]:
         return sft.agreement(
-            judged(*((g, l, l) for (g, l), n in counts.items() for _ in range(n))), pairwise=True
+            judged(*((*pair, pair[1]) for pair, n in counts.items() for _ in range(n))), True
         )
 
     got = score({(1, 1): 6, (1, 2): 2, (2, 2): 1, (2, 1): 3, (2, None): 1})
@@ -354,17 +328,17 @@ def test_an_error_in_one_rank_ends_all() -> None:
     assert end.value.code == 1 and time.perf_counter() - began < 60
 
 
-def test_what_a_kill_in_the_middle_of_saving_leaves_does_no_harm(tmp_path: Path) -> None:
+def test_what_a_kill_in_the_middle_of_saving_leaves_does_no_harm(tmp_path: Path, monkeypatch: Any) -> None:
     """Fault R13: and nothing asks the hub when an adapter is saved."""
-    options = {**write_run(tmp_path), "epochs": 1}
-    model, optimizer = sft.load_training(options, None)
+    model, optimizer = sft.load_training(write_run(tmp_path), None)
+    hub = "peft.utils.save_and_load.check_file_exists_on_hf_hub"
+    monkeypatch.setattr(hub, lambda *_: pytest.fail("the hub was asked"))
     model.peft_config["default"].base_model_name_or_path = "some/model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked"))
-        sft.save_state(tmp_path, 1, model, optimizer)
-    (tmp_path / "state.part" / "adapter_model.safetensors").mkdir(parents=True)
-    step, state = sft.latest_state(tmp_path)
-    assert step == 1 and json.loads((state / "adapter_config.json").read_text())["r"] == options["lora_rank"]
-    (tmp_path / "state.part" / "adapter_model.safetensors").rmdir()
-    sft.save_state(tmp_path, 2, model, optimizer)
-    assert [path.name for path in tmp_path.glob("state*")] == ["state-000002"]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        sft.save_state(tmp_path / "folder", 1, model, optimizer)
+    assert sft.latest_state(tmp_path / "folder") == (0, None)
+    for step in (1, 2):
+        sft.save_state(tmp_path / "folder", step, model, optimizer)
+        assert sft.latest_state(tmp_path / "folder")[0] == step
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["state-000002"]
