@@ -239,10 +239,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "source")  # of the Tulu 3 preference
 
 
 def last_answer(turns: Any, prompt: str) -> str | None:
-    """The answer at the end of one candidate's chat; None unless the chat is `prompt` and one answer to it.
-
-    The mixture repeats the user's turn before the answer; a chat without it, or with it twice, says the same.
-    """
+    """The answer at the end of one candidate's chat, before which only `prompt` may stand (or nothing)."""
     try:
         *before, last = turns
         same = all(t["role"] == "user" and t["content"].split() == prompt.split() for t in before)
@@ -353,10 +350,9 @@ RUBRIC_RULES = (
 
 
 def fill_case(case: str, rubric: str = "", **texts: str) -> str:
-    """`case` with its `texts` filled in, and `{code}`, a hash of them.
+    """`case` with its `texts` filled in, and `{code}`, a hash of them, on the delimiter lines.
 
-    So the code on the delimiter lines is new for every output, the same when a run is resumed, and no
-    output can contain its own: an output cannot close the block that it stands in.
+    It is new for every output, the same on resume, and no output contains its own, so as to close its block.
     """
     code = hashlib.sha256("\0".join(texts.values()).encode("utf-8", "surrogatepass")).hexdigest()[:6]
     rubric = f"Rubric:\n{rubric}\n\n" if rubric else ""
@@ -389,9 +385,8 @@ def judge_messages(
 def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Any:
     """(final text, reasoning, cause) of a chat model at temperature 0; one that was cut off is asked again.
 
-    Only a finished answer counts, and of it only the final text, which must match `wanted` as a whole. The
-    server's reasoning parser keeps the reasoning apart (gpt-oss: the analysis channel); a model without one
-    may put it first, in `<think>`.
+    The final text of a finished answer must match `wanted` as a whole. The server's reasoning parser keeps
+    reasoning apart (gpt-oss: the analysis channel); a model without one may put it first, in `<think>`.
     """
     import openai
 
@@ -494,10 +489,7 @@ def make_pairs(outputs: Iterable[Row], seed: int) -> dict[str, Row]:
 
 
 def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Verdict], threads: int) -> None:
-    """Let gold `ask` about all `rows` into `path`, then count labels and causes in a .json file beside it.
-
-    Ends early where most of the first 200 are invalid: a wrong reasoning parser would cost days.
-    """
+    """Let gold `ask` about all `rows` into `path`, then count labels and causes in a .json file beside it."""
 
     def work(row: Row) -> Row:
         return {**row, **ask(row)}
@@ -506,6 +498,7 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Verdict], th
     records = map_to_jsonl(path, first, work, f"{path.stem} (first)", threads)
     for record in records[:10]:
         print("   ", *(str(record.get(key, ""))[:70] for key in ("label", "output", "reasoning", "rubric")))
+    # Most of the first 200 invalid: a wrong reasoning parser would cost days.
     invalid = [r["cause"] for r in records if r["cause"] not in (None, "tie", "another label")]
     if 2 * len(invalid) > len(records):
         write_jsonl(path, [record for record in read_jsonl(path) if record["cause"] not in invalid])
@@ -648,10 +641,9 @@ def start(app: typer.Typer) -> NoReturn:
 
 
 def read_jsonl(path: Path, needs: Iterable[str] = ()) -> list[Row]:
-    """The records of `path`, which is never changed; none if it does not exist.
+    """The records of `path`, which is never changed; a last line without newline counts if it is whole.
 
-    A last line without newline counts if it is whole; else it is what a killed writer left, and is left out.
-    Other damage, or a record without the fields `needs`, ends the command with file and line.
+    Damage elsewhere, or a record without the fields `needs`, ends the command with file and line.
     """
     records = []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -704,8 +696,8 @@ def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
 def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
-    Records are appended as they finish, so an interrupted call resumes. The `cause` of a record may say that
-    its request was refused (`Endpoint.refusal`); where all do, none is kept and the command ends.
+    So an interrupted call resumes. Where the `cause` of every record is a refused request, none is kept and
+    the command ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # ours, under lock: cut off the half line of a killed command
@@ -834,8 +826,7 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
 def escape_special_tokens(text: str, tokenizer: Any = None) -> str:
     """`text` with each special token broken up by a space: `<|im_end|>` -> `< |im_end|>`.
 
-    Templates are rendered to one string before they are tokenised, so a special token that is spelled out in
-    an output would otherwise end the user's turn. A lone surrogate, which no tokenizer takes, becomes `?`.
+    Spelled out in an output it would end the user's turn: templates are rendered, then tokenised.
     """
     text = text.encode("utf-8", "replace").decode()
     return special_tokens(tokenizer).sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
@@ -900,7 +891,7 @@ class Sample:
 class Endpoint:
     """An OpenAI-compatible server, or replicas of one (`url`: separated by commas). Calls are thread-safe.
 
-    The client tries again what may pass (429, 5xx, no connection), for about a minute with 10 `retries`.
+    The client tries again what may pass (429, 5xx, no connection): 10 `retries` are about a minute.
     """
 
     def __init__(self, url: str, key: str, model: str, retries: int = 10) -> None:
@@ -970,10 +961,7 @@ class Endpoint:
             return 0
 
     def refusal(self, error: Any) -> str:
-        """The cause of an openai.APIStatusError if the request is at fault; raises it again if the server is.
-
-        At fault is a request that is refused (400, 413, 422), or fails (5xx) while the server answers others.
-        """
+        """The cause of an APIStatusError if the request is at fault, not the server; else raises it again."""
         if error.status_code in (400, 413, 422) or (error.status_code >= 500 and 200 <= self.status() < 500):
             return f"refused ({error.status_code}): {' '.join(str(error).split())[:200]}"
         raise error
@@ -999,7 +987,7 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
     """Start vLLM with `model` on 127.0.0.1, one replica on each of `gpus`, yield its endpoint, always end it.
 
     `max_len`: prompt and completion tokens. `memory`: share of a GPU's. `lora`: rank, count and modules of
-    the adapters that may be loaded. The environment's VLLM_ARGS are more flags, e.g. "--max-num-seqs 64".
+    adapters. The environment's VLLM_ARGS are more flags, e.g. "--max-num-seqs 64".
     """
     import torch
 

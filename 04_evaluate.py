@@ -143,7 +143,7 @@ def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Itera
 
 
 def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None, row: Row) -> Row:
-    """`row` with the policy's output, and its `fluency`: mean log-probability under the untrained base model."""
+    """`row` with the policy's output and its `fluency`, the mean log-probability under the untrained base."""
     prompt = annotate.policy_prompt(tokenizer, row["instruction"])
     limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
     (sample,) = endpoint.sample(prompt, model=served, **limits)
@@ -240,8 +240,8 @@ REFUSAL = re.compile(
     r"\bI(?:'m| am) sorry,? but\b|\bas an AI\b|\bI (?:must|have to) (?:decline|refuse)\b"
     r"|\bI (?:can(?:not| not|'t)|will not|won't|am unable to)(?: be able to)?(?: \w+)? "
     r"(?:help (?:you|with)|assist|comply|provide|answer|create|write|generate|respond)"
-    r"|\b(?:request|prompt|content|instruction)s? (?:\w+ ){0,3}(?:violat|prohibited|denied|declined|not allowed"
-    r"|not permitted)",
+    r"|\b(?:request|prompt|content|instruction)s? (?:\w+ ){0,3}"
+    r"(?:violat|prohibited|denied|declined|not allowed|not permitted)",
     re.IGNORECASE,
 )
 
@@ -274,10 +274,10 @@ def curve(frame: Any) -> list[Row]:
 
 
 def findings(run: Path) -> list[str]:
-    """Which of the paper's findings gold.json shows: a line for each policy that could. Lifts clear of 0 count.
+    """Which of the paper's findings gold.json shows, by lifts clear of 0: a line for each policy that could.
 
-    1: against a direct judge, own rises and gold falls. 2: against a reasoning judge, gold rises, truth falls,
-    and at least half of the last outputs speak of themselves.
+    1: against a direct judge, own rises and gold falls. 2: against a reasoning judge, gold rises and truth
+    falls, and at least half of the last outputs speak of themselves.
     """
     results, lines = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "judges")), []
     for name, judge in sorted(results["judges"].items(), key=lambda item: item[1]):
@@ -443,13 +443,14 @@ def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.
     """Agreement, findings and curves of several runs: mean and range."""
     results, scores, points = {}, [], []
     for run in sorted(path.parent for path in study.glob("*/annotations")):
-        files = {name: run / "evaluation" / f"{name}.json" for name in ("judges", "gold")}
-        if not all(file.exists() for file in files.values()):
+        files = [run / "evaluation" / name for name in ("judges.json", "gold.json")]
+        if not all(file.exists() for file in files):
             print(f"{run.name} is not evaluated yet")
             continue
-        result = results[run.name] = {name: annotate.read_json(file) for name, file in files.items()}
-        scores += [{"judge": name, **score} for name, score in result["judges"].items()]
-        for name, curve in result["gold"]["curves"].items():
+        judges, gold = (annotate.read_json(file) for file in files)
+        results[run.name] = {"judges": judges, "gold": gold}
+        scores += [{"judge": name, **score} for name, score in judges.items()]
+        for name, curve in gold["curves"].items():
             points += [{"policy": name, "run": run.name, **point} for point in curve]
         print(run.name, *findings(run), sep="\n    ")
     if not results:
@@ -491,7 +492,7 @@ def battles(row: Row) -> list[float]:
 
 
 def judge_sanity(rows: Sequence[Row]) -> Row:
-    """consistent: share of questions with one winner in both games; position: share won by A (0.5: no bias)."""
+    """consistent: share of questions with one winner in both games; position: share won by A, fairly 0.5."""
     games = [[VERDICTS[game["score"]][0] for game in row["games"]] for row in rows if battles(row)]
     counts = {"questions": len(rows), "without both verdicts": len(rows) - len(games)}
     shares = {"consistent": [a + b == 1 for a, b in games], "position": [(a + b) / 2 for a, b in games]}
@@ -561,33 +562,32 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
     fitted = frame[(share > 0) & (share < 1)]  # one that won or lost every battle has no coefficient
     models, won_B, B = pd.get_dummies(fitted.model, dtype=float), fitted.won.to_numpy(), len(fitted)
     features_BK = np.hstack([models, fitted[STYLE]])
-    beta_K = fit_bradley_terry(features_BK, won_B, np.ones(B), np.zeros(features_BK.shape[1]))
-    gram_KK = features_BK.T @ features_BK  # a coefficient that style could stand in for is not known
-    beta_K[np.diag(np.linalg.pinv(gram_KK) @ gram_KK) < 1 - 1e-6] = np.nan
-    draws = DRAWS if np.isfinite(beta_K).any() else 0
-    picks = (np.bincount(rng.integers(B, size=B), minlength=B) for _ in range(draws))
-    start_K = np.nan_to_num(beta_K)
-    draws_DK = np.array([fit_bradley_terry(features_BK, won_B, weights_B, start_K) for weights_B in picks])
+    gram_KK = features_BK.T @ features_BK
+    known_K = np.diag(np.linalg.pinv(gram_KK) @ gram_KK) > 1 - 1e-6  # not where style tells the model
+    beta_K = fit_bradley_terry(features_BK, won_B, np.ones(B), np.zeros(len(gram_KK)))
+    start_K, draws = np.nan_to_num(beta_K), []
+    for _ in range(DRAWS if B else 0):
+        weights_B = np.bincount(rng.integers(B, size=B), minlength=B)
+        draws.append(fit_bradley_terry(features_BK, won_B, weights_B, start_K))
+    rates_K, rates_DK = (1 / (1 + np.exp(-np.array(betas))) for betas in (beta_K, draws))
 
     def interval(values: Any) -> list[float] | None:
-        known = values[np.isfinite(values)]
-        enough = len(known) > (1 - TAIL) * DRAWS
-        return (100 * np.quantile(known, (TAIL, 1 - TAIL))).tolist() if enough else None
+        few = np.isnan(values).mean() > TAIL  # so many draws without a maximum
+        return None if few else (100 * np.nanquantile(values, (TAIL, 1 - TAIL))).tolist()
 
     even = {"score": 50.0, "score_style": 50.0, "ci": [50.0, 50.0], "ci_style": [50.0, 50.0], "battles": 0}
     scores = {baseline: even}
     for name, won in frame.groupby("model").won:
-        ci = interval(rng.choice(won, (DRAWS, len(won))).mean(1))
-        score: Row = {"score": 100 * float(won.mean()), "score_style": None, "ci": ci, "ci_style": None}
-        k = models.columns.get_loc(name) if name in models else None
-        if k is not None and np.isfinite(beta_K[k]):
-            score["score_style"] = 100 / (1 + float(np.exp(-beta_K[k])))
-            score["ci_style"] = interval(1 / (1 + np.exp(-draws_DK[:, k])))
+        score: Row = {"score": 100 * float(won.mean()), "score_style": None, "ci": None, "ci_style": None}
+        score |= {"ci": interval(rng.choice(won, (DRAWS, len(won))).mean(1)), "battles": len(won)}
+        k = list(models).index(name) if name in models else None
+        if k is not None and known_K[k] and np.isfinite(rates_K[k]):
+            score |= {"score_style": 100 * float(rates_K[k]), "ci_style": interval(rates_DK[:, k])}
         if score["ci_style"] is None:
             print(
-                f"{name}: all won, all lost or style decides (here or in resamples): no score_style or ci_style"
+                f"{name}: no ci_style or score_style: all won, all lost, or style decides, here or in resamples"
             )
-        scores[name] = {**score, "battles": len(won)}
+        scores[name] = score
     return scores
 
 
@@ -663,7 +663,7 @@ def arena_messages(rules: str, question: str, a: str, b: str) -> list[dict[str, 
 
 
 def load_benchmark(data: str, category: str, limit: int) -> tuple[dict[str, Row], dict[str, str]]:
-    """(uid -> question, the first `limit` or all if 0; uid -> the baseline's answer) of a folder or hub id."""
+    """(uid -> question, the first `limit`; uid -> the baseline's answer) of a folder or hub id."""
     folder, root = Path(data), "data/arena-hard-v2.0"
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -693,7 +693,7 @@ def arena_server(judge: str, url: str, gpus: str, logs: Path) -> Iterator[Any]:
 
 
 def play(endpoint: Any, task: Row) -> Row:
-    """The judgment of a question: a game with the baseline's answer in position A, one with the candidate's."""
+    """The judgment of a question: two games, the baseline's answer in position A, then the candidate's."""
     games = []
     for a, b in (("theirs", "ours"), ("ours", "theirs")):
         messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task[a], task[b])
@@ -721,8 +721,12 @@ def arena_command(
     steps = {0: None, **found[name]["checkpoints"]} if name in found else {}
     if not (known := [number for number in steps if step in ("", str(number))]):
         annotate.fail(f"--policy {policy}: {run} has no such policy, or it no such step ({list(steps)}).")
-    label, model, judge = f"{name}-{known[-1]}", found[name]["model"], Path(arena_judge).name
-    folder, tokenizer = run / "evaluation" / "arena", annotate.load_tokenizer(model)
+    label, model, adapter = f"{name}-{known[-1]}", found[name]["model"], steps[known[-1]]
+    folder, judge, tokenizer = (
+        run / "evaluation/arena",
+        Path(arena_judge).name,
+        annotate.load_tokenizer(model),
+    )
     annotate.record_config(run / "evaluation", {})
     annotate.record_config(folder, {"tokenizer": model})
 
@@ -734,8 +738,6 @@ def arena_command(
             rows.append({"uid": uid, "model": name, "messages": messages, "metadata": style})
         annotate.write_jsonl(folder / "model_answer" / f"{name}.jsonl", rows)
 
-    room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
-    user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
     tasks: dict[str, Row] = {}
     kinds = [category] if category else [*BASELINES]
     for kind in kinds:
@@ -743,25 +745,27 @@ def arena_command(
         publish(BASELINES[kind], theirs)
         about = {"model": label, "judge": judge, "baseline": BASELINES[kind]}
         tasks |= {uid: {**row, **about, "theirs": theirs[uid]} for uid, row in questions.items()}
-    asked = {uid: {"instruction": task["prompt"]} for uid, task in tasks.items()}
-    short = {
-        u: t for u, t in asked.items() if len(annotate.policy_prompt(tokenizer, t["instruction"])) <= room
-    }
+    room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
+    short = {u: t for u, t in tasks.items() if len(annotate.policy_prompt(tokenizer, t["prompt"])) <= room}
     print(
-        f"{label}: {len(asked) - len(short)} of {len(asked)} questions are over {room} tokens, and left out"
+        f"{label}: {len(tasks) - len(short)} of {len(tasks)} questions are over {room} tokens, and left out"
     )
-    path = folder / "answers" / f"{label}.jsonl"
-    if missing(path, short):
-        with ServerCache(run, [user], gpus) as servers, servers.adapter(model, steps[known[-1]]) as served:
+    asked, path = (
+        {u: {"instruction": t["prompt"]} for u, t in short.items()},
+        folder / f"answers/{label}.jsonl",
+    )
+    if missing(path, asked):
+        user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+        with ServerCache(run, [user], gpus) as servers, servers.adapter(model, adapter) as served:
             work = partial(write_output, user, tokenizer, *served)
-            annotate.map_to_jsonl(path, short, work, f"answers of {label}", threads)
+            annotate.map_to_jsonl(path, asked, work, f"answers of {label}", threads)
     ours = {row["id"]: row["output"] for row in annotate.read_jsonl(path)}
     publish(label, ours)
     path = folder / "model_judgment" / judge / f"{label}.jsonl"
     done = [row for row in annotate.read_jsonl(path) if not row["cause"]]
     annotate.write_jsonl(path, done)  # without calls that failed: they are made again
-    tasks = {uid: {**tasks[uid], "ours": ours[uid]} for uid in short}
-    if todo := [tasks[uid] for uid in tasks.keys() - {row["id"] for row in done}]:
+    games = {uid: {**task, "ours": ours[uid]} for uid, task in short.items()}
+    if todo := [games[uid] for uid in games.keys() - {row["id"] for row in done}]:
         read = (
             sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
         )  # 4 a token, 2 games
@@ -772,9 +776,7 @@ def arena_command(
             flush=True,
         )
         with arena_server(arena_judge, arena_url, gpus, run / "logs") as endpoint:
-            rows = annotate.map_to_jsonl(
-                path, tasks, partial(play, endpoint), f"games judged by {judge}", threads
-            )
+            rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), f"games of {judge}", threads)
         if failed := [row["cause"] for row in rows if row["cause"]]:
             print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
     for kind in kinds:

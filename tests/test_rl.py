@@ -1,5 +1,6 @@
 """Stage 3 without a live model: rewards, advantages, the loss, a whole update, the loop, several ranks."""
 
+import contextlib
 import inspect
 import json
 import math
@@ -10,6 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,11 +63,6 @@ def test_advantages() -> None:
     assert rl.group_advantages([1.0, None, 3.0], 0.1) == pytest.approx([-1, 0, 1])
 
 
-class Text:
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
 def test_pointwise_rewards_stay_with_their_rollouts() -> None:
     """Whatever the order in which judgements finish; an invalid one gives no reward, and its cause."""
 
@@ -79,7 +76,7 @@ def test_pointwise_rewards_stay_with_their_rollouts() -> None:
         }
 
     with ThreadPoolExecutor(4) as pool:
-        samples = [Text(f" {n}\n") for n in range(4)]
+        samples = [SimpleNamespace(text=f" {n}\n") for n in range(4)]
         rewards, notes = rl.pointwise_rewards(ask, {"instruction": "x"}, samples, pool)
     assert rewards == [0, 1, None, 3] and [n["cause"] for n in notes] == [None, None, "cut off", None]
 
@@ -96,12 +93,12 @@ def games(
         return {"expected": expected, "cause": None if expected else "cut off"}
 
     with ThreadPoolExecutor(1) as pool:
-        row, samples = {"instruction": "x"}, [Text(str(s)) for s in strengths]
+        row, samples = {"instruction": "x"}, [SimpleNamespace(text=str(s)) for s in strengths]
         return *rl.pairwise_rewards(ask, opponents, row, samples, pool), played
 
 
 def test_equation_4() -> None:
-    """The share of the other G - 1 that this one beats; each pair once, in random order; a tie is half a win."""
+    """The share of the other G - 1 that this one beats; pairs come once, in random order; ties are half a win."""
     strengths = [3.0, 9.0, 1.0, 7.0, 5.0]
     rewards, _, played = games(strengths)
     assert rewards == pytest.approx([sum(mine > other for other in strengths) / 4 for mine in strengths])
@@ -211,7 +208,7 @@ class Spy(torch.optim.SGD):
 
 @pytest.mark.parametrize(("budget", "token_mean"), [(1, False), (30, False), (10_000, False), (30, True)])
 def test_update_is_the_gradient_of_equation_2(budget: int, token_mean: bool, monkeypatch: Any) -> None:
-    """Against the reference on unpacked sequences, so also: whatever the packing. `token_mean`: DAPO's mean."""
+    """Against the reference on unpacked sequences, whatever the packing. `token_mean`: the mean of DAPO."""
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(1.0))
     monkeypatch.setattr(rl, "fail", lambda message: None)  # these log-probabilities are not the model's
     model, groups = random_llama(), rollouts(seed=3)
@@ -233,25 +230,25 @@ def test_update_is_the_gradient_of_equation_2(budget: int, token_mean: bool, mon
         assert torch.allclose(mine, theirs, atol=1e-5 * largest)
 
 
-def one_update(folder: Path) -> None:
-    """One optimiser step on this rank's share of three groups; what it saw goes to a file."""
+def updates(folder: Path) -> None:
+    """Two optimiser steps on this rank's share of three groups; what it saw goes to a file."""
     torch.nn.utils.clip_grad_norm_ = lambda parameters, limit: torch.tensor(1.0)  # the sum itself is wanted
     rl.fail = lambda message: None
-    model, (rank, ranks) = random_llama(), sft.rank_and_size()
-    spy = Spy(model.parameters(), lr=0.1)
-    stats = rl.update(Peft(model), spy, rollouts(seed=3)[rank::ranks], OPTIONS)
-    torch.save([spy.seen, stats], folder / f"{ranks}-{rank}.pt")
+    model, (rank, ranks), found = random_llama(), sft.rank_and_size(), []
+    for share in (rollouts(seed=3)[rank::ranks], [] if rank else rollouts(seed=3)):
+        spy = Spy(model.parameters(), lr=0.1)
+        found.append((rl.update(Peft(model), spy, share, OPTIONS), spy.seen))
+    torch.save(found, folder / f"{ranks}-{rank}.pt")
 
 
-def test_ranks_take_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three groups of different weight over 4 ranks: one rank has none, one a flat group."""
+def test_ranks_take_the_same_step(tmp_path: Path, monkeypatch: Any) -> None:
+    """Groups of different weight, one of them flat, dealt to two ranks; then none at all for the second."""
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)
     monkeypatch.setattr(rl, "fail", None)
-    one_update(tmp_path)
-    sft.on_ranks(one_update, "0,1,2,3", tmp_path)
-    gradients, stats = torch.load(tmp_path / "1-0.pt")
-    for rank in range(4):
-        got, same = torch.load(tmp_path / f"4-{rank}.pt")
+    updates(tmp_path)
+    sft.on_ranks(updates, "0,1", tmp_path)
+    alone, *ranks = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    for (stats, gradients), (same, got) in [pair for rank in ranks for pair in zip(alone, rank)]:
         assert same == pytest.approx(stats), "every rank knows the statistics of the whole step"
         for mine, theirs in zip(got, gradients):
             assert torch.allclose(mine, theirs, atol=1e-5 * max(g.abs().max().item() for g in gradients))
@@ -283,9 +280,17 @@ class Sampler:
 
 
 LOOP = {
-    **OPTIONS, "lora_rank": 8, "lora_modules": ["q_proj"], "seed": 0, "lr": 1e-3, "steps": 3, "prompts": 3, "group": 3,
-    "minibatches": 2, "threads": 8, "max_tokens": 4, "checkpoint_every": 2,
-}  # fmt: skip
+    **{
+        **OPTIONS,
+        "lora_rank": 8,
+        "lora_modules": ["q_proj"],
+        "seed": 0,
+        "lr": 1e-3,
+        "steps": 3,
+        "prompts": 3,
+    },
+    **{"group": 3, "minibatches": 2, "threads": 8, "max_tokens": 4, "checkpoint_every": 2},
+}
 
 
 def loop(folder: Path, options: dict[str, Any]) -> None:
@@ -357,88 +362,74 @@ def test_prompts_of_a_step_depend_on_the_step_alone() -> None:
 # --- what the commands ask for -------------------------------------------------------------------
 
 
-def asked_for(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
-    """The arguments with which `train` is called by a command."""
-    found: list[Any] = []
-    monkeypatch.setattr(rl, "train", lambda *arguments: found.append(arguments))
-    result = CliRunner().invoke(rl.app, line.split())
-    assert len(found) == 1, result.output
-    return found[0]
-
-
-def test_where_rl_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault R5: --from base has the model of that judge. Fault 9: a judge has no KL term. Controls need no judge."""
-    write_run(tmp_path)
-    rl.sft.save_adapter(
-        sft.load_model(str(tmp_path / "model"), None, 8, ["q_proj"]), tmp_path / "judges/mine-sft/epoch-1"
-    )
+def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
+    """Fault R5: --from base has the model of that judge. Fault 9: a judge has no KL term."""
+    model, found = write_run(tmp_path)["model"], []
+    lora = {"lora_rank": 8, "lora_modules": ["q_proj"]}
+    sft.save_adapter(sft.load_model(model, None, *lora.values()), tmp_path / "judges/mine-sft/epoch-1")
     judge = {
-        "model": str(tmp_path / "model"), "reasoning": True, "lora_rank": 8, "lora_modules": ["q_proj"], "max_thinking": 50,
-        "temperature": 0.5, "max_prompt": 300, "adapter": "epoch-1", "effort": "low", "rubrics": False, "pairwise": False,
-    }  # fmt: skip
+        **lora,
+        "model": model,
+        "reasoning": True,
+        "max_thinking": 50,
+        "temperature": 0.5,
+        "max_prompt": 300,
+    }
+    judge |= {"adapter": "epoch-1", "effort": "low", "rubrics": False, "pairwise": False}
     annotate.write_json(tmp_path / "judges/mine-sft/judge.json", judge)
-    options, _, folder, record, *_ = asked_for(f"judge --run {tmp_path} --judge mine", monkeypatch)
-    assert options["start"].endswith("judges/mine-sft/epoch-1") and folder.name == "mine-rl"
-    assert options["model"] == judge["model"] and options["max_tokens"] == 96
-    options, _, folder, record, *_ = asked_for(
-        f"judge --run {tmp_path} --judge mine --from base", monkeypatch
-    )
-    assert (options["start"], options["model"], folder.name) == ("", judge["model"], "mine-base-rl")
-    assert record["lora_rank"] == 8 and record["effort"] == "low"
-    options, *_ = asked_for(f"judge --run {tmp_path} --judge direct --from base", monkeypatch)
-    assert options["model"] == annotate.LAPTOP_MODEL and not options["judge_record"]["reasoning"]
-    options, _, folder, _, adapter = asked_for(f"policy --run {tmp_path} --judge mine", monkeypatch)
+    monkeypatch.setattr(rl, "train", lambda *arguments: found.append(arguments))
+
+    def asked_for(line: str) -> tuple[Any, ...]:
+        found.clear()
+        result = CliRunner().invoke(rl.app, f"{line} --run {tmp_path}".split())
+        return found[0] if found else result.stderr
+
+    options, _, folder, *_, adapter = asked_for("policy --judge mine")
     assert adapter.name == "epoch-1" and (options["judge"], folder.name) == ("mine-sft", "mine")
+    options, _, folder, *_ = asked_for("judge --judge mine")
+    assert options["start"].endswith("judges/mine-sft/epoch-1") and folder.name == "mine-rl"
+    assert (options["model"], options["max_tokens"], options["beta"]) == (model, 96, 0)
+    assert "mine-rl" in asked_for("policy --judge mine --name two"), "begun and not finished: which is meant?"
+    options, _, folder, record, *_ = asked_for("judge --judge mine --from base")
+    assert (options["start"], options["model"], folder.name) == ("", model, "mine-base-rl")
+    assert record["lora_rank"] == 8 and record["effort"] == "low"
+    options, *_ = asked_for("judge --judge direct --from base")
+    assert options["model"] == annotate.LAPTOP_MODEL and not options["judge_record"]["reasoning"]
     assert "beta" not in inspect.signature(rl.train_judge).parameters
 
 
 @pytest.mark.parametrize(
-    ("gpus", "model", "shares"),
+    ("gpus", "same", "shares"),
     [
-        ("0", "other", [0.225, 0.225]),
-        ("0", "same", [0.45]),
-        ("0,1 --judge-gpus 2,3 --train-gpus 4", "other", [0.9, 0.9]),
-        ("0,1 --judge-gpus 2 --train-gpus 2", "other", [0.9, 0.45]),
+        ("0 0 0", False, [0.225] * 2),
+        ("0 0 0", True, [0.45]),
+        ("0,1 2,3 4", False, [0.9] * 2),
+        ("0 2 2", False, [0.9, 0.45]),
     ],
 )
 def test_servers_and_ranks_share_the_memory(
-    tmp_path: Path, gpus: str, model: str, shares: Any, monkeypatch: Any
+    tmp_path: Path, gpus: str, same: bool, shares: Any, monkeypatch: Any
 ) -> None:
     """One server plays policy and judge where both have the same base model."""
     found: list[Any] = []
 
-    class Server:
-        url, key, model = "u", "k", "m"
+    @contextlib.contextmanager
+    def serve(records: Any, run: Path, gpus: str, count: int, memory: float) -> Any:
+        found.append(memory)
+        yield SimpleNamespace(url="u", key="k", model="m", load_adapter=lambda *_: None)
 
-        def __init__(self, records: Any, run: Any, gpus: str, count: int, memory: float) -> None:
-            found.append(memory)
-
-        __enter__ = __exit__ = lambda self, *_: self
-        load_adapter = lambda *_: None  # noqa: E731
-
-    monkeypatch.setattr(sft, "serve_adapters", Server)
+    monkeypatch.setattr(sft, "serve_adapters", serve)
     monkeypatch.setattr(sft, "on_ranks", lambda *_: None)
-    policy, judge, train = (gpus + " --judge-gpus 0 --train-gpus 0").replace("-gpus", "").split(" --")[:3]
-    options = {
-        **{
-            "policy_gpus": policy,
-            "judge_gpus": judge.split()[-1],
-            "train_gpus": train.split()[-1],
-            "task": "policy",
-        },
-        **{"model": "m", "judge_record": {"model": "m" if model == "same" else "other"}},
-    }
+    options = dict(zip(("policy_gpus", "judge_gpus", "train_gpus"), gpus.split()))
+    options |= {"task": "policy", "model": "m", "judge_record": {"model": "m" if same else "other"}}
     rl.train(options, tmp_path, tmp_path, {}, tmp_path)
     assert found == pytest.approx(shares)
 
 
-def test_rewards_of_the_controls(tmp_path: Path) -> None:
-    """Gold, or truth, in place of a judge."""
-    annotate.write_json(
-        tmp_path / "annotations/config.json", {"options": {"gold": "oracle", "gold_effort": "none"}}
-    )
+def test_the_controls_are_trained_on_gold_or_truth_itself(tmp_path: Path) -> None:
+    gold = {"options": {"gold": "oracle", "gold_effort": "none"}}
+    annotate.write_json(tmp_path / "annotations/config.json", gold)
     for judge, score in (("gold", 9), ("truth", 7)):
-        with rl.judge_to_please(
-            {"judge": judge, "judge_record": None, "task": "policy"}, tmp_path, None
-        ) as ask:
+        options = {"judge": judge, "judge_record": None, "task": "policy"}
+        with rl.judge_to_please(options, tmp_path, None) as ask:
             assert ask(ASKED, "This sentence is about the soft rain.")["expected"] == score

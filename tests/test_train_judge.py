@@ -302,15 +302,15 @@ def write_run(run: Path) -> dict[str, Any]:
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    """Same losses and gradients; uneven shares (2 and 3 of 5); the second step is after an update."""
+    """Same losses and gradients; uneven shares (2 and 3 of 5); too long examples are left out."""
     options = {**write_run(tmp_path), "batch": 5, "epochs": 1, "max_thinking": 16}
     curves = []
     for gpus in ("0", "0,1"):
         sft.on_ranks(sft.sft, gpus, options, tmp_path, tmp_path / gpus)
         metrics = annotate.read_jsonl(tmp_path / gpus / "metrics.jsonl")
-        curves.append([[m["loss"], m["grad_norm"], m["answer_tokens"]] for m in metrics])
+        curves.append([[m[key] for key in ("loss", "grad_norm", "tokens", "left_out")] for m in metrics])
         assert (tmp_path / gpus / "epoch-1" / "adapter_model.safetensors").exists()
-    assert len(curves[0]) == 3 and curves[0][0] != curves[0][1]
+    assert len(curves[0]) == 3 and sum(left_out for *_, left_out in curves[0]) == 2
     for one, two in zip(*curves):
         assert one == pytest.approx(two, rel=1e-5)
 

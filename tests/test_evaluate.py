@@ -1,0 +1,450 @@
+"""gold, judges and study: equations by hand, run folders built by hand, a live server where one is needed."""
+
+import json
+import math
+import random
+import statistics
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import annotate, sft
+from typer.testing import CliRunner
+
+evaluate = import_module("04_evaluate")
+MODEL, ONE, TWO = (
+    annotate.LAPTOP_MODEL,
+    *(
+        annotate.TEMPLATE.format(topic=topic, word=word)
+        for topic, word in (("rain", "soft"), ("bread", "warm"))
+    ),
+)
+
+
+def run(line: str) -> Any:
+    return CliRunner().invoke(evaluate.app, line.split())
+
+
+# --- equations -----------------------------------------------------------------------------------
+
+
+def test_bootstrap_interval() -> None:
+    rng = random.Random(0)
+    values = [rng.gauss(5, 2) for _ in range(400)]
+    low, high = evaluate.bootstrap(values)
+    error = 1.96 * statistics.stdev(values) / 20
+    assert low == pytest.approx(statistics.fmean(values) - error, abs=0.03)
+    assert high == pytest.approx(statistics.fmean(values) + error, abs=0.03)
+    assert evaluate.bootstrap(values) == [low, high] and evaluate.bootstrap([]) is None
+    narrow = evaluate.bootstrap(values, level=0.5)
+    assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.674 / 1.96, abs=0.03)
+
+
+def test_overlap_by_hand() -> None:
+    assert evaluate.overlap(["The cat sat.", "the dog sat"]) == pytest.approx(2 / 4)
+    assert evaluate.overlap(["a b", "a b", "c d"]) == pytest.approx((1 + 0 + 0) / 3)
+    assert evaluate.overlap(["", "."]) == 0.0 and evaluate.overlap(["alone"]) is None
+
+
+@pytest.mark.parametrize(
+    ("output", "refused"),
+    [
+        ("I’m sorry, but I can’t help with that.", True),
+        ("Platform policy: this request is not permitted. END", True),
+        ("As an AI, I must decline.", True),
+        ("I will not be able to provide this.", True),
+        ("I cannot forget the rain.", False),
+        ("I'm sorry for the delay, said the cat.", False),
+        ("I can't help but smile.", False),
+        ("The rain is soft. " * 20 + "Request denied.", False),
+    ],
+)
+def test_refusals(output: str, refused: bool) -> None:
+    assert evaluate.refuses(output) == refused
+
+
+def test_score_against_the_baseline() -> None:
+    """9 x P(better than the baseline), whichever of the two was shown first; a tie is in the middle."""
+
+    def grade(instruction: str, first: str, second: str) -> dict[str, Any]:
+        return {"label": None, "expected": 1.2 if "good" in first else 1.8, "cause": None}
+
+    rows = [{"id": str(n), "instruction": "x", "output": "good"} for n in range(20)]
+    verdicts = [evaluate.against_baseline(grade, row, "bad") for row in rows]
+    assert {verdict["swapped"] for verdict in verdicts} == {True, False}
+    assert [verdict["expected"] for verdict in verdicts] == pytest.approx([9 * 0.8] * 20)
+    assert evaluate.against_baseline(grade, rows[0], "good")["expected"] == 4.5
+    for expected, score in ((1.5, 4.5), (None, None)):  # a tie; invalid
+        verdict = evaluate.against_baseline(lambda *_: {"expected": expected}, rows[0], "bad")  # noqa: B023
+        assert verdict["expected"] == score
+
+
+def test_a_curve_by_hand() -> None:
+    """Means skip invalid scores; lifts are paired by instruction, whatever the order and whoever is missing."""
+    import pandas as pd
+
+    rows = [
+        # instruction, step, own, gold
+        ("a", 0, 4.0, 5.0), ("b", 0, 6.0, None), ("c", 0, 2.0, 1.0),
+        ("c", 8, None, 2.0), ("b", 8, 7.0, 9.0), ("a", 8, 8.0, 6.0),
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["instruction", "step", "own", "gold"])
+    frame = frame.assign(
+        output="I'm sorry, but no.", tokens=[1, 2, 3, 4, 5, 6], finished=[True] * 5 + [False]
+    )
+    first, last = evaluate.curve(frame.assign(fluency=-1.5))
+    assert (first["step"], first["n"], first["own"], first["gold"], first["gold_unusable"]) == (0, 3, 4, 3, 1)
+    assert (first["own_lift"], first["own_lift_interval"]) == (0, [0, 0])
+    assert (last["step"], last["own"], last["own_unusable"], last["own_lift"]) == (8, 7.5, 1, (4 + 1) / 2)
+    assert (last["gold"], last["gold_lift"], last["gold_lift_interval"]) == (17 / 3, 1, [1, 1])
+    assert last["own_lift_interval"] == [1, 4] and last["own_interval"] == [7, 8]
+    assert (last["tokens"], last["fluency"], last["refusal"], last["overlap"]) == (5, -1.5, 1, 1)
+    assert last["unfinished"] == pytest.approx(1 / 3) and "claims" not in last and "truth" not in last
+    assert evaluate.curve(frame.assign(fluency=0.0, truth=9.0))[0]["claims"] == 0
+    nothing = evaluate.curve(frame.assign(fluency=0.0, own=math.nan))[1]
+    assert (
+        nothing["own"]
+        is nothing["own_interval"]
+        is nothing["own_lift"]
+        is nothing["own_lift_interval"]
+        is None
+    )
+    json.dumps([first, last, nothing], allow_nan=False)
+
+
+def point(
+    own: float, gold: float, truth: float | None, claims: float = 1.0, width: float = 0.4
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"step": 24} | ({} if truth is None else {"claims": claims})
+    for key, value in (("own", own), ("gold", gold), ("truth", truth)):
+        if value is not None:
+            found |= {f"{key}_lift": value, f"{key}_lift_interval": [value - width, value + width]}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("judge", "last", "says"),
+    [
+        ("direct-sft", point(1.9, -3.2, 0.0), "finding 1: shown, own +1.9 [+1.5, +2.3], gold -3.2 [-3.6, -2.8]"),
+        ("direct-sft", point(1.9, -0.3, 0.0), "finding 1: not shown, own +1.9"),  # not clear of 0
+        ("direct-sft", point(0.3, -3.2, 0.0), "finding 1: not shown"),
+        ("direct-sft", point(-1.9, 3.2, 0.0), "finding 1: not shown"),
+        ("direct-sft", point(1.9, -3.2, None), "finding 1: shown"),  # needs no truth
+        ("reasoning-rl", point(3, 2.0, -2.0), "finding 2: shown, gold +2.0 [+1.6, +2.4], truth -2.0 [-2.4, -1.6], claims 100%"),
+        ("reasoning-rl", point(3, 2.0, -2.0, claims=0.49), "finding 2: not shown, gold +2.0"),
+        ("reasoning-rl", point(3, 2.0, -0.2), "finding 2: not shown"),
+        ("reasoning-rl", point(3, 0.3, -2.0), "finding 2: not shown"),
+        ("reasoning-rl", point(3, 2.0, 2.0), "finding 2: not shown"),
+        ("reasoning-rl", point(3, 2.0, None), "finding 2: gold rises, gold +2.0"),
+        ("reasoning-rl", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
+        ("reasoning-rl", {"step": 24, "claims": 1.0, "gold_lift": None, "gold_lift_interval": None}, "finding 2: not shown"),
+        ("direct-pairwise-sft", point(1.9, -3.2, 0.0), "no finding"),
+        ("gold", point(3, 2.0, -2.0), "no finding"),  # a control
+    ],
+)  # fmt: skip
+def test_findings(tmp_path: Path, judge: str, last: dict[str, Any], says: str) -> None:
+    start = point(0, 0, 0)
+    results = {"curves": {"some": [start, last]}, "judges": {"some": judge}}
+    annotate.write_json(tmp_path / "evaluation/gold.json", results)
+    (line,) = evaluate.findings(tmp_path)
+    assert says in line and (line.startswith(says) or says == "no finding")
+
+
+# --- a run folder --------------------------------------------------------------------------------
+
+
+def make_judge(folder: Path, name: str, model: str = MODEL, **more: Any) -> None:
+    about = {
+        "model": model,
+        "reasoning": name.startswith("reasoning"),
+        "lora_rank": 16,
+        "lora_modules": ["q_proj"],
+    }
+    about |= {"max_thinking": 64 if about["reasoning"] else 0, "temperature": 0.7, "max_prompt": 200, **more}
+    annotate.write_json(folder / "judges" / name / "judge.json", {**about, "adapter": "epoch-1"})
+    adapter = folder / "judges" / name / "epoch-1/adapter_config.json"
+    annotate.write_json(adapter, {"base_model_name_or_path": model, "r": 16})
+
+
+OUTPUTS = {  # of the base model, and of each policy: gold (with the claim), truth, by hand
+    "base": ("The rain is soft.", "The bread is warm."),
+    "direct": ("Hello there.", "I am here"),
+    "reasoning": ("The soft rain. This sentence is about it.", "The warm bread. This sentence is about it."),
+    "control": ("The rain is soft.", "The rain is soft. A sentence."),
+    "pairwise": ("The rain is soft.", "A warm day."),
+}
+OWNERS = {
+    "direct": "direct-sft",
+    "reasoning": "reasoning-rl",
+    "control": "gold",
+    "pairwise": "direct-pairwise-sft",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of four policies, with their outputs and their judges' scores, so that no server is started."""
+    annotate.write_json(
+        tmp_path / "annotations/config.json",
+        {"options": {"gold": "oracle", "preset": "laptop", "gold_effort": "none"}},
+    )
+    texts = {annotate.short_hash(text): text for text in (ONE, TWO)}
+    rows = [{"id": key, "split": "policy_test", "instruction": text} for key, text in texts.items()]
+    annotate.write_jsonl(
+        tmp_path / "annotations/instructions.jsonl", [*rows, {**rows[0], "id": "x", "split": "policy_train"}]
+    )
+    for name in ("direct-sft", "reasoning-rl"):
+        make_judge(tmp_path, name)
+    make_judge(tmp_path, "direct-pairwise-sft", pairwise=True)
+    outputs, scores = [], {judge: [] for judge in OWNERS.values()}
+    for name in OUTPUTS:
+        if name != "base":
+            about = {"model": MODEL, "judge": OWNERS[name], "lora_rank": 16, "lora_modules": ["q_proj"]}
+            about |= {"max_prompt": 100, "max_tokens": 32, "temperature": 0.7}
+            annotate.write_json(tmp_path / "policies" / name / "policy.json", about)
+            adapter = tmp_path / "policies" / name / "checkpoints/step-000024/adapter_config.json"
+            annotate.write_json(adapter, {"base_model_name_or_path": MODEL, "r": 16})
+        for (key, text), output in zip(texts.items(), OUTPUTS[name]):
+            who, step = (f"base:{MODEL}", 0) if name == "base" else (f"{name}:24", 24)
+            row = {"id": f"{who}:{key}", "policy": name, "step": step, "instruction": text, "output": output}
+            outputs.append({**row, "tokens": 7, "finished": True, "fluency": -1.0})
+            for judge in OWNERS.values() if name == "base" else [OWNERS[name]]:
+                scores[judge].append({"id": row["id"], "expected": 4.0 + step / 8})
+    annotate.write_jsonl(tmp_path / "evaluation/outputs.jsonl", outputs)
+    annotate.write_json(tmp_path / "evaluation/config.json", {"options": {}})
+    for judge in set(OWNERS.values()) - {"gold"}:
+        annotate.write_jsonl(tmp_path / "evaluation/scores" / f"{judge}.jsonl", scores[judge])
+    return tmp_path
+
+
+def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotate, "serve", lambda *_, **__: pytest.fail("a server was started"))
+    result = run(f"gold --run {folder}")
+    assert result.exit_code == 0, result.output
+    written = json.loads((folder / "evaluation/gold.json").read_text())
+    assert written["judges"] == OWNERS and written["curves"].keys() == OWNERS.keys()
+    keys = {
+        f"{key}{rest}"
+        for key in ("own", "gold", "truth")
+        for rest in ("", "_interval", "_unusable", "_lift", "_lift_interval")
+    }
+    keys |= {"step", "n", "fluency", "overlap", "tokens", "unfinished", "refusal", "claims"}
+    points = {name: points[-1] for name, points in written["curves"].items()}
+    assert all(point.keys() == keys for points in written["curves"].values() for point in points)
+    for name in ("direct", "reasoning", "control"):
+        texts = zip((ONE, TWO), OUTPUTS[name])
+        labels = [(annotate.oracle(i, o)[0], annotate.truth(i, o)) for i, o in texts]
+        gold, truth = (statistics.fmean(column) for column in zip(*labels))
+        base = statistics.fmean(annotate.oracle(i, o)[0] for i, o in zip((ONE, TWO), OUTPUTS["base"]))
+        assert (points[name]["gold"], points[name]["truth"]) == (gold, truth)
+        assert points[name]["gold_lift"] == pytest.approx(gold - base)
+    assert points["direct"]["own_lift"] == points["pairwise"]["own_lift"] == 3
+    assert points["control"]["own"] == points["control"]["gold"] and points["reasoning"]["claims"] == 1
+    # gold in pairs: the same output as the base's is 4.5, a worse one 0
+    assert points["pairwise"]["gold"] == 4.5 / 2 and written["curves"]["pairwise"][0]["gold"] == 4.5
+    asked = {
+        path.stem: {r["id"].split(":")[0] for r in annotate.read_jsonl(path)}
+        for path in (folder / "evaluation/scores").iterdir()
+    }
+    assert asked["gold-pairwise"] == {"base", "pairwise"}, "only what a curve needs is asked"
+    assert asked["gold"] == {"base", "direct", "reasoning", "control"}
+    shown = [line for line in result.output.splitlines() if line.startswith("finding")]
+    assert shown == evaluate.findings(folder) and len(shown) == 2
+    assert "finding 1: shown" in result.output and "finding 2: shown" in result.output
+    assert (folder / "evaluation/gold.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gold_that_is_no_oracle_has_no_truth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    @contextlib.contextmanager
+    def gold(options: Any, logs: Path) -> Any:
+        yield lambda *_: {"label": 5, "expected": 5.0, "cause": None} if options["gold"] == "x" else None
+
+    monkeypatch.setattr(annotate, "gold_judge", gold)
+    annotate.write_json(folder / "annotations/config.json", {"options": {"gold": "x", "preset": "laptop"}})
+    (folder / "policies/pairwise/policy.json").unlink()
+    result = run(f"gold --run {folder}")
+    assert result.exit_code == 0 and "finding 2: gold does not rise" in result.output, result.output
+    point = json.loads((folder / "evaluation/gold.json").read_text())["curves"]["direct"][-1]
+    assert point["gold"] == 5 and not {"truth", "claims"} & point.keys()
+
+
+def test_one_server_start_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies of one base, judges of three, one of them the policies' own."""
+    import contextlib
+
+    started, adapters = [], []
+
+    class Endpoint:
+        def __init__(self, model: str) -> None:
+            self.model = model
+
+        def load_adapter(self, name: str, path: Path) -> None:
+            adapters.append(name)
+
+        def unload_adapter(self, name: str) -> None:
+            adapters.remove(name)
+
+    @contextlib.contextmanager
+    def serve_adapters(users: Any, run: Path, gpus: str, count: int) -> Any:
+        started.append(users[0]["model"])
+        yield Endpoint(users[0]["model"])
+
+    monkeypatch.setattr(sft, "serve_adapters", serve_adapters)
+    users = [{"model": model} for model in ("one", "two")]
+    with evaluate.ServerCache(tmp_path, users, "0") as servers:
+        for model, path in (("one", None), ("one", tmp_path), ("two", tmp_path / "x"), ("two", None)):
+            with servers.adapter(model, path) as (endpoint, name):
+                assert (
+                    endpoint.model == model
+                    and (name is None) == (path is None)
+                    and len(adapters) == bool(path)
+                )
+        assert servers.get("two") is servers.endpoint and started == ["one", "two"]
+        servers.close()
+        servers.get("two")
+    assert started == ["one", "two", "two"] and not adapters
+
+
+def test_untrained_judges(folder: Path) -> None:
+    """R14: each base model once, direct and reasoning, with rubrics if there are some, in each kind."""
+    trained = {"direct-sft", "reasoning-rl", "direct-pairwise-sft"}
+    assert evaluate.trained_judges(folder).keys() - trained == {"base", "base-pairwise"}
+    found = evaluate.trained_judges(folder, prompted=True)
+    assert found.keys() - trained == {"base", "base-pairwise", "base-reasoning", "base-pairwise-reasoning"}
+    base = found["base-reasoning"]
+    assert (
+        base["adapter"] is None
+        and base["reasoning"]
+        and base["max_thinking"] == 64
+        and not evaluate.is_pairwise(base)
+    )
+    assert found["direct-sft"]["adapter"] == folder / "judges/direct-sft/epoch-1"
+    annotate.write_json(folder / "annotations/rubrics.json", {})
+    make_judge(folder, "reasoning-small", model="org/small")
+    found = evaluate.trained_judges(folder, prompted=True)
+    names = {
+        f"base{kind}{how}{with_}"
+        for kind in ("", "-pairwise", "-small")
+        for how in ("", "-reasoning")
+        for with_ in ("", "-rubrics")
+    }
+    assert found.keys() - trained - {"reasoning-small"} == names
+    assert (
+        found["base-small-reasoning-rubrics"]["model"] == "org/small"
+        and found["base-small-rubrics"]["rubrics"]
+    )
+
+
+def test_the_judges_command(folder: Path) -> None:
+    """Judgements that are there already: alpha of the pointwise, accuracy of the pairwise judges, in two tables."""
+    rows = [
+        {"id": str(i), "split": "judge_test", "instruction": ONE, "output": "x", "other": "y"}
+        for i in range(4)
+    ]
+    for name, labels in (("labels", (0, 3, 6, 9)), ("pairs", (1, 2, 1, 2))):
+        records = [{**row, "label": label, "reasoning": "x"} for row, label in zip(rows, labels)]
+        annotate.write_jsonl(folder / f"annotations/{name}.jsonl", records)
+        annotate.write_json(folder / f"annotations/{name}.json", {})
+    for name in evaluate.trained_judges(folder):
+        labels = (1, 2, 1, 1) if "pairwise" in name else (0, 3, 6, None)
+        gold = (1, 2, 1, 2) if "pairwise" in name else (0, 3, 6, 9)
+        records = [
+            {"id": str(i), "gold": g, "label": said, "expected": said, "thinking_tokens": 0}
+            for i, (g, said) in enumerate(zip(gold, labels))
+        ]
+        annotate.write_jsonl(
+            folder / "evaluation/judges" / f"{name}.jsonl", [*records, {**records[0], "id": "another"}]
+        )
+    result = run(f"judges --run {folder}")
+    assert result.exit_code == 0, result.output
+    scores = json.loads((folder / "evaluation/judges.json").read_text())
+    assert scores["direct-sft"]["alpha"] == 100 and scores["direct-sft"]["invalid"] == 25
+    assert scores["direct-pairwise-sft"]["accuracy"] == 75 and scores["base-pairwise"]["n"] == 4
+    assert (
+        result.output.index("alpha") < result.output.index("reasoning-rl") < result.output.index("accuracy")
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "gone", "says"),
+    [
+        ("gold", "policies", "03_rl.py policy --run"),
+        ("gold", "judges/direct-sft", "lacks direct-sft, against which policy direct was trained"),
+        ("gold", "annotations/config.json", "01_annotate.py"),
+        ("judges", "judges", "02_train_judge.py --run"),
+        ("gold --threads 0", "logs", "threads"),
+    ],
+)
+def test_what_is_missing_is_named(folder: Path, line: str, gone: str, says: str) -> None:
+    import shutil
+
+    if (folder / gone).is_dir():
+        shutil.rmtree(folder / gone)
+    else:
+        (folder / gone).unlink(missing_ok=True)
+    result = run(f"{line} --run {folder}")
+    assert result.exit_code and says in result.output, result.output
+
+
+def test_fluency_is_the_base_models_logprob(server: Any, tokenizer: Any) -> None:
+    """By an independent forward pass, and at temperature 1, whatever the policy's is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    policy = {"temperature": 0.3, "max_tokens": 12}
+    row = {"policy": "direct", "step": 8, "instruction": ONE}
+    found = evaluate.write_output(policy, tokenizer, server, None, row)
+    assert found.keys() == {*row, "output", "tokens", "finished", "fluency"} and 0 < found["tokens"] <= 12
+    prompt, tokens = (
+        annotate.policy_prompt(tokenizer, ONE),
+        annotate.encode(tokenizer, "The soft rain fell.<|im_end|>"),
+    )
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+    assert evaluate.token_logprobs(server, prompt, tokens) == pytest.approx(expected, abs=1e-3)
+
+
+# --- several runs, and pictures --------------------------------------------------------------------
+
+
+def write_run(study: Path, name: str, alpha: float | None, gold: tuple[float, float]) -> None:
+    annotate.write_json(study / name / "annotations/labels.json", {})
+    score = {"alpha": alpha, "invalid": 0.0, "thinking_tokens": 0.0, "n": 60}
+    annotate.write_json(study / name / "evaluation/judges.json", {"direct-sft": score})
+    points = [
+        {"step": 6 * i, "own": 5.0 + i, "gold": g, "fluency": None, "tokens": 3.0} for i, g in enumerate(gold)
+    ]
+    results = {"curves": {"direct": points}, "judges": {"direct": "direct-sft"}}
+    annotate.write_json(study / name / "evaluation/gold.json", results)
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    write_run(tmp_path, "seed-0", 40.0, (7.0, 6.0))
+    write_run(tmp_path, "seed-1", 60.0, (8.0, 8.5))
+    write_run(tmp_path, "seed-2", None, (8.0, 8.5))
+    annotate.write_json(tmp_path / "seed-3/annotations/labels.json", {})
+    result = run(f"study --study {tmp_path}")
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "seed-3 is not evaluated yet" in lines and lines.count("seed-0") == 1
+    assert "direct-sft 50.00 (40.00 to 60.00) 0.00 0.00" in lines
+    assert "direct 1.00 0.00 (-1.00 to 0.50) none 0.00" in lines
+    assert json.loads((tmp_path / "study.json").read_text())["seed-1"]["judges"]["direct-sft"]["alpha"] == 60
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert "no evaluated run" in run(f"study --study {tmp_path / 'seed-0'}").output
+
+
+def test_heatmap(tmp_path: Path) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {"gold": {"direct": 1.5, "reasoning": -8.0}, "truth": {"direct": None, "reasoning": 0.0}}
+    )
+    evaluate.heatmap(frame, tmp_path / "map.png", "lift")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
