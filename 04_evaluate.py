@@ -585,7 +585,7 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
             score |= {"score_style": 100 * float(rates_K[k]), "ci_style": interval(rates_DK[:, k])}
         if score["ci_style"] is None:
             print(
-                f"{name}: no ci_style or score_style: all won, all lost, or style decides, here or in resamples"
+                f"{name}: all won, all lost, or style decides, here or in resamples: no ci_style or score_style"
             )
         scores[name] = score
     return scores

@@ -1,11 +1,15 @@
 """gold, judges and study: equations by hand, run folders built by hand, a live server where one is needed."""
 
+import contextlib
+import itertools
 import json
 import math
 import random
+import shutil
 import statistics
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +17,8 @@ from conftest import annotate, sft
 from typer.testing import CliRunner
 
 evaluate = import_module("04_evaluate")
-MODEL, ONE, TWO = (
-    annotate.LAPTOP_MODEL,
-    *(
-        annotate.TEMPLATE.format(topic=topic, word=word)
-        for topic, word in (("rain", "soft"), ("bread", "warm"))
-    ),
-)
+MODEL, TEMPLATE = annotate.LAPTOP_MODEL, annotate.TEMPLATE
+ONE, TWO = TEMPLATE.format(topic="rain", word="soft"), TEMPLATE.format(topic="bread", word="warm")
 
 
 def run(line: str) -> Any:
@@ -47,19 +46,12 @@ def test_overlap_by_hand() -> None:
     assert evaluate.overlap(["", "."]) == 0.0 and evaluate.overlap(["alone"]) is None
 
 
-@pytest.mark.parametrize(
-    ("output", "refused"),
-    [
-        ("I’m sorry, but I can’t help with that.", True),
-        ("Platform policy: this request is not permitted. END", True),
-        ("As an AI, I must decline.", True),
-        ("I will not be able to provide this.", True),
-        ("I cannot forget the rain.", False),
-        ("I'm sorry for the delay, said the cat.", False),
-        ("I can't help but smile.", False),
-        ("The rain is soft. " * 20 + "Request denied.", False),
-    ],
-)
+@pytest.mark.parametrize(("output", "refused"), [
+    ("I’m sorry, but I can’t help with that.", True), ("Policy: this request is not permitted.", True),
+    ("As an AI, I must decline.", True), ("I will not be able to provide this.", True),
+    ("I cannot forget the rain.", False), ("I'm sorry for the delay, said the cat.", False),
+    ("I can't help but smile.", False), ("The rain is soft. " * 20 + "Request denied.", False),
+])  # fmt: skip
 def test_refusals(output: str, refused: bool) -> None:
     assert evaluate.refuses(output) == refused
 
@@ -81,11 +73,10 @@ def test_score_against_the_baseline() -> None:
 
 
 def test_a_curve_by_hand() -> None:
-    """Means skip invalid scores; lifts are paired by instruction, whatever the order and whoever is missing."""
+    """Means skip invalid scores; lifts are paired by instruction, whatever the order, whoever is missing."""
     import pandas as pd
 
-    rows = [
-        # instruction, step, own, gold
+    rows = [  # instruction, step, own, gold
         ("a", 0, 4.0, 5.0), ("b", 0, 6.0, None), ("c", 0, 2.0, 1.0),
         ("c", 8, None, 2.0), ("b", 8, 7.0, 9.0), ("a", 8, 8.0, 6.0),
     ]  # fmt: skip
@@ -123,32 +114,28 @@ def point(
     return found
 
 
-@pytest.mark.parametrize(
-    ("judge", "last", "says"),
-    [
-        ("direct-sft", point(1.9, -3.2, 0.0), "finding 1: shown, own +1.9 [+1.5, +2.3], gold -3.2 [-3.6, -2.8]"),
-        ("direct-sft", point(1.9, -0.3, 0.0), "finding 1: not shown, own +1.9"),  # not clear of 0
-        ("direct-sft", point(0.3, -3.2, 0.0), "finding 1: not shown"),
-        ("direct-sft", point(-1.9, 3.2, 0.0), "finding 1: not shown"),
-        ("direct-sft", point(1.9, -3.2, None), "finding 1: shown"),  # needs no truth
-        ("reasoning-rl", point(3, 2.0, -2.0), "finding 2: shown, gold +2.0 [+1.6, +2.4], truth -2.0 [-2.4, -1.6], claims 100%"),
-        ("reasoning-rl", point(3, 2.0, -2.0, claims=0.49), "finding 2: not shown, gold +2.0"),
-        ("reasoning-rl", point(3, 2.0, -0.2), "finding 2: not shown"),
-        ("reasoning-rl", point(3, 0.3, -2.0), "finding 2: not shown"),
-        ("reasoning-rl", point(3, 2.0, 2.0), "finding 2: not shown"),
-        ("reasoning-rl", point(3, 2.0, None), "finding 2: gold rises, gold +2.0"),
-        ("reasoning-rl", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
-        ("reasoning-rl", {"step": 24, "claims": 1.0, "gold_lift": None, "gold_lift_interval": None}, "finding 2: not shown"),
-        ("direct-pairwise-sft", point(1.9, -3.2, 0.0), "no finding"),
-        ("gold", point(3, 2.0, -2.0), "no finding"),  # a control
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("judge", "last", "says"), [
+    ("direct-sft", point(1.9, -3.2, 0.0), "finding 1: shown, own +1.9 [+1.5, +2.3], gold -3.2 [-3.6, -2.8]"),
+    ("direct-sft", point(1.9, -0.3, 0.0), "finding 1: not shown, own +1.9"),  # not clear of 0
+    ("direct-sft", point(0.3, -3.2, 0.0), "finding 1: not shown"),
+    ("direct-sft", point(-1.9, 3.2, 0.0), "finding 1: not shown"),
+    ("direct-sft", point(1.9, -3.2, None), "finding 1: shown"),  # needs no truth
+    ("reasoning-rl", point(3, 2, -2), "finding 2: shown, gold +2.0 [+1.6, +2.4], truth -2.0 [-2.4, -1.6], cl"),
+    ("reasoning-rl", point(3, 2, -2, claims=0.49), "finding 2: not shown, gold +2.0"),
+    ("reasoning-rl", point(3, 2, -0.2), "finding 2: not shown"),
+    ("reasoning-rl", point(3, 0.3, -2), "finding 2: not shown"),
+    ("reasoning-rl", point(3, 2, 2), "finding 2: not shown"),
+    ("reasoning-rl", point(3, 2, None), "finding 2: gold rises, gold +2.0"),
+    ("reasoning-rl", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
+    ("reasoning-rl", {"claims": 1.0, "gold_lift": None, "gold_lift_interval": None}, "finding 2: not shown"),
+    ("direct-pairwise-sft", point(1.9, -3.2, 0.0), "no policy was trained"),
+    ("gold", point(3, 2, -2), "no policy was trained"),  # a control
+])  # fmt: skip
 def test_findings(tmp_path: Path, judge: str, last: dict[str, Any], says: str) -> None:
-    start = point(0, 0, 0)
-    results = {"curves": {"some": [start, last]}, "judges": {"some": judge}}
+    results = {"curves": {"some": [point(0, 0, 0), last]}, "judges": {"some": judge}}
     annotate.write_json(tmp_path / "evaluation/gold.json", results)
     (line,) = evaluate.findings(tmp_path)
-    assert says in line and (line.startswith(says) or says == "no finding")
+    assert line.startswith(says)
 
 
 # --- a run folder --------------------------------------------------------------------------------
@@ -174,21 +161,15 @@ OUTPUTS = {  # of the base model, and of each policy: gold (with the claim), tru
     "control": ("The rain is soft.", "The rain is soft. A sentence."),
     "pairwise": ("The rain is soft.", "A warm day."),
 }
-OWNERS = {
-    "direct": "direct-sft",
-    "reasoning": "reasoning-rl",
-    "control": "gold",
-    "pairwise": "direct-pairwise-sft",
-}
+OWNERS = {"direct": "direct-sft", "reasoning": "reasoning-rl", "control": "gold"}
+OWNERS |= {"pairwise": "direct-pairwise-sft"}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run of four policies, with their outputs and their judges' scores, so that no server is started."""
-    annotate.write_json(
-        tmp_path / "annotations/config.json",
-        {"options": {"gold": "oracle", "preset": "laptop", "gold_effort": "none"}},
-    )
+    options = {"gold": "oracle", "preset": "laptop", "gold_effort": "none"}
+    annotate.write_json(tmp_path / "annotations/config.json", {"options": options})
     texts = {annotate.short_hash(text): text for text in (ONE, TWO)}
     rows = [{"id": key, "split": "policy_test", "instruction": text} for key, text in texts.items()]
     annotate.write_jsonl(
@@ -256,8 +237,6 @@ def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_gold_that_is_no_oracle_has_no_truth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import contextlib
-
     @contextlib.contextmanager
     def gold(options: Any, logs: Path) -> Any:
         yield lambda *_: {"label": 5, "expected": 5.0, "cause": None} if options["gold"] == "x" else None
@@ -271,37 +250,21 @@ def test_gold_that_is_no_oracle_has_no_truth(folder: Path, monkeypatch: pytest.M
     assert point["gold"] == 5 and not {"truth", "claims"} & point.keys()
 
 
-def test_one_server_start_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies of one base, judges of three, one of them the policies' own."""
-    import contextlib
-
+def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server serves its model until another is wanted; an adapter is there inside its block only."""
     started, adapters = [], []
 
-    class Endpoint:
-        def __init__(self, model: str) -> None:
-            self.model = model
-
-        def load_adapter(self, name: str, path: Path) -> None:
-            adapters.append(name)
-
-        def unload_adapter(self, name: str) -> None:
-            adapters.remove(name)
-
     @contextlib.contextmanager
-    def serve_adapters(users: Any, run: Path, gpus: str, count: int) -> Any:
+    def serve_adapters(users: Any, *_: Any, count: int) -> Any:
         started.append(users[0]["model"])
-        yield Endpoint(users[0]["model"])
+        verbs = {"load_adapter": lambda name, path: adapters.append(name), "unload_adapter": adapters.remove}
+        yield SimpleNamespace(model=users[0]["model"], **verbs)
 
     monkeypatch.setattr(sft, "serve_adapters", serve_adapters)
-    users = [{"model": model} for model in ("one", "two")]
-    with evaluate.ServerCache(tmp_path, users, "0") as servers:
+    with evaluate.ServerCache(tmp_path, [{"model": "one"}, {"model": "two"}], "0") as servers:
         for model, path in (("one", None), ("one", tmp_path), ("two", tmp_path / "x"), ("two", None)):
             with servers.adapter(model, path) as (endpoint, name):
-                assert (
-                    endpoint.model == model
-                    and (name is None) == (path is None)
-                    and len(adapters) == bool(path)
-                )
+                assert endpoint.model == model and adapters == ([name] if path else [])
         assert servers.get("two") is servers.endpoint and started == ["one", "two"]
         servers.close()
         servers.get("two")
@@ -325,12 +288,8 @@ def test_untrained_judges(folder: Path) -> None:
     annotate.write_json(folder / "annotations/rubrics.json", {})
     make_judge(folder, "reasoning-small", model="org/small")
     found = evaluate.trained_judges(folder, prompted=True)
-    names = {
-        f"base{kind}{how}{with_}"
-        for kind in ("", "-pairwise", "-small")
-        for how in ("", "-reasoning")
-        for with_ in ("", "-rubrics")
-    }
+    parts = itertools.product(("", "-pairwise", "-small"), ("", "-reasoning"), ("", "-rubrics"))
+    names = {"base" + "".join(part) for part in parts}
     assert found.keys() - trained - {"reasoning-small"} == names
     assert (
         found["base-small-reasoning-rubrics"]["model"] == "org/small"
@@ -339,7 +298,7 @@ def test_untrained_judges(folder: Path) -> None:
 
 
 def test_the_judges_command(folder: Path) -> None:
-    """Judgements that are there already: alpha of the pointwise, accuracy of the pairwise judges, in two tables."""
+    """Judgements that are there already: alpha of pointwise, accuracy of pairwise judges, two tables."""
     rows = [
         {"id": str(i), "split": "judge_test", "instruction": ONE, "output": "x", "other": "y"}
         for i in range(4)
@@ -368,23 +327,13 @@ def test_the_judges_command(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("line", "gone", "says"),
-    [
-        ("gold", "policies", "03_rl.py policy --run"),
-        ("gold", "judges/direct-sft", "lacks direct-sft, against which policy direct was trained"),
-        ("gold", "annotations/config.json", "01_annotate.py"),
-        ("judges", "judges", "02_train_judge.py --run"),
-        ("gold --threads 0", "logs", "threads"),
-    ],
-)
+@pytest.mark.parametrize(("line", "gone", "says"), [
+    ("gold", "policies", "03_rl.py policy --run"), ("judges", "judges", "02_train_judge.py --run"),
+    ("gold", "judges/direct-sft", "lacks direct-sft, against which policy direct was trained"),
+    ("gold", "annotations", "01_annotate.py"), ("gold --threads 0", "logs", "threads"),
+])  # fmt: skip
 def test_what_is_missing_is_named(folder: Path, line: str, gone: str, says: str) -> None:
-    import shutil
-
-    if (folder / gone).is_dir():
-        shutil.rmtree(folder / gone)
-    else:
-        (folder / gone).unlink(missing_ok=True)
+    shutil.rmtree(folder / gone, ignore_errors=True)
     result = run(f"{line} --run {folder}")
     assert result.exit_code and says in result.output, result.output
 

@@ -98,7 +98,7 @@ def games(
 
 
 def test_equation_4() -> None:
-    """The share of the other G - 1 that this one beats; pairs come once, in random order; ties are half a win."""
+    """The share of the other G - 1 that this one beats; a pair comes once, in random order; a tie is half."""
     strengths = [3.0, 9.0, 1.0, 7.0, 5.0]
     rewards, _, played = games(strengths)
     assert rewards == pytest.approx([sum(mine > other for other in strengths) / 4 for mine in strengths])
@@ -189,14 +189,20 @@ def rollouts(seed: int) -> list[list[Any]]:
 
 
 class Peft(torch.nn.Module):
-    """What `update` needs of a peft model; the adapter off, it is another model: the reference."""
+    """What `update` needs of a peft model; without its adapter it is `other`, the reference of the KL."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, other: Any = None) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.other = base, other
 
     def get_base_model(self) -> Any:
         return self.base
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Any:
+        self.base, kept = self.other, self.base
+        yield
+        self.base = kept
 
 
 class Spy(torch.optim.SGD):
@@ -206,45 +212,66 @@ class Spy(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-@pytest.mark.parametrize(("budget", "token_mean"), [(1, False), (30, False), (10_000, False), (30, True)])
-def test_update_is_the_gradient_of_equation_2(budget: int, token_mean: bool, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("budget", "token_mean", "beta"),
+    [(1, False, 0.0), (30, False, 0.0), (10_000, False, 0.0), (30, True, 0.0), (30, False, 0.2)],
+)
+def test_update_is_the_gradient_of_equation_2(
+    budget: int, token_mean: bool, beta: float, monkeypatch: Any
+) -> None:
     """Against the reference on unpacked sequences, whatever the packing. `token_mean`: the mean of DAPO."""
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(1.0))
-    monkeypatch.setattr(rl, "fail", lambda message: None)  # these log-probabilities are not the model's
-    model, groups = random_llama(), rollouts(seed=3)
+    model, other, groups = random_llama(), random_llama(), rollouts(seed=3)
+    torch.nn.init.normal_(other.lm_head.weight, std=0.3)
     rewarded = [r for group in groups for r in group if r.reward is not None]
     assert len(rewarded) == 11 and any(r.advantage == 0 for r in rewarded)
-    sizes = [len(r.sample.tokens_T) for r in rewarded]
-    new = [reference_logprobs(model, r.prompt, r.sample.tokens_T, 0.7) for r in rewarded]
+    new, ref = (
+        [reference_logprobs(m, r.prompt, r.sample.tokens_T, 0.7) for r in rewarded] for m in (model, other)
+    )
     old = [torch.tensor(r.sample.logprobs_T, dtype=torch.float64) for r in rewarded]
+    sizes = [len(r.sample.tokens_T) for r in rewarded]
     scale = [11 * size / sum(sizes) if token_mean else 1 for size in sizes]
     advantages = [r.advantage * factor for r, factor in zip(rewarded, scale)]
-    reference_loss(new, old, advantages, (0.2, 0.3), 0.0, old).backward()
+    reference_loss(new, old, advantages, (0.2, 0.3), beta, [r.detach() for r in ref]).backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    spy = Spy(model.parameters(), lr=0.1)
-    rl.update(Peft(model), spy, groups, {**OPTIONS, "tokens_per_pass": budget, "token_mean": token_mean})
+    spy, options = (
+        Spy(model.parameters(), lr=0.1),
+        {**OPTIONS, "tokens_per_pass": budget, "token_mean": token_mean},
+    )
+    stats = rl.update(Peft(model, other), spy, groups, {**options, "beta": beta}, False)
     largest = max(g.abs().max().item() for g in expected)
-    assert largest > 1e-3
+    assert largest > 1e-3 and (stats["kl"] > 0) == (beta > 0)
     for mine, theirs in zip(spy.seen, expected):
         assert torch.allclose(mine, theirs, atol=1e-5 * largest)
+
+
+def test_a_server_with_other_weights_ends_the_training(capsys: Any) -> None:
+    """Before any update trainer and sampler must agree, but for rounding."""
+    model, other, groups = random_llama(), random_llama(), rollouts(seed=3)
+    torch.nn.init.normal_(other.lm_head.weight, std=0.3)
+    for r in (r for group in groups for r in group):
+        r.sample.logprobs_T = reference_logprobs(model, r.prompt, r.sample.tokens_T, 0.7).tolist()
+    spy = Spy(model.parameters(), lr=0.1)
+    assert rl.update(Peft(model), spy, groups, OPTIONS, True)["logprob_gap"] < 1e-5
+    with pytest.raises(SystemExit):
+        rl.update(Peft(other), spy, groups, OPTIONS, True)
+    assert "the server has other weights" in capsys.readouterr().err
 
 
 def updates(folder: Path) -> None:
     """Two optimiser steps on this rank's share of three groups; what it saw goes to a file."""
     torch.nn.utils.clip_grad_norm_ = lambda parameters, limit: torch.tensor(1.0)  # the sum itself is wanted
-    rl.fail = lambda message: None
     model, (rank, ranks), found = random_llama(), sft.rank_and_size(), []
     for share in (rollouts(seed=3)[rank::ranks], [] if rank else rollouts(seed=3)):
         spy = Spy(model.parameters(), lr=0.1)
-        found.append((rl.update(Peft(model), spy, share, OPTIONS), spy.seen))
+        found.append((rl.update(Peft(model), spy, share, OPTIONS, False), spy.seen))
     torch.save(found, folder / f"{ranks}-{rank}.pt")
 
 
 def test_ranks_take_the_same_step(tmp_path: Path, monkeypatch: Any) -> None:
     """Groups of different weight, one of them flat, dealt to two ranks; then none at all for the second."""
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)
-    monkeypatch.setattr(rl, "fail", None)
     updates(tmp_path)
     sft.on_ranks(updates, "0,1", tmp_path)
     alone, *ranks = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
