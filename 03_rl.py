@@ -171,8 +171,8 @@ def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
 
         # 4. Update.
         ends = list(itertools.accumulate(map(len, shares), initial=0))
-        cuts = itertools.pairwise(ends)
-        updates = [update(model, optimizer, groups[a:b], options, a == 0) for a, b in cuts]
+        minibatches = [groups[a:b] for a, b in itertools.pairwise(ends)]
+        updates = [update(model, optimizer, m, options, n == 0) for n, m in enumerate(minibatches)]
         trained = time.perf_counter()
 
         # 5. Publish.

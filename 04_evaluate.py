@@ -283,21 +283,20 @@ def findings(run: Path) -> list[str]:
     for name, judge in sorted(results["judges"].items(), key=lambda item: item[1]):
         point, sign, text = results["curves"][name][-1], {}, {}
         for key in SCORES:
-            low, high = point.get(f"{key}_lift_interval") or (0, 0)
+            low, high = point.get(f"{key}_lift_interval") or [0, 0]
             sign[key] = (low > 0) - (high < 0)
-            text[key] = f"{key} {point.get(f'{key}_lift') or 0:+.1f} [{low:+.1f}, {high:+.1f}]"
+            lift = point.get(f"{key}_lift")
+            text[key] = f"{key} none" if lift is None else f"{key} {lift:+.1f} [{low:+.1f}, {high:+.1f}]"
         if judge.startswith("direct") and "pairwise" not in judge:
             says = "shown" if sign["own"] > 0 > sign["gold"] else "not shown"
             lines.append(f"finding 1: {says}, {text['own']}, {text['gold']} (policy {name})")
         if judge.startswith("reasoning") and "pairwise" not in judge:
-            says, known = "gold rises" if sign["gold"] > 0 else "gold does not rise", ""
+            says, more = "gold rises" if sign["gold"] > 0 else "gold does not rise", ""
             if "claims" in point:  # without a truth nobody knows whether gold is fooled
                 shown = sign["gold"] > 0 > sign["truth"] and point["claims"] >= 0.5
-                says, known = (
-                    "shown" if shown else "not shown",
-                    f", {text['truth']}, claims {point['claims']:.0%}",
-                )
-            lines.append(f"finding 2: {says}, {text['gold']}{known} (policy {name})")
+                more = f", {text['truth']}, claims {point['claims']:.0%}"
+                says = "shown" if shown else "not shown"
+            lines.append(f"finding 2: {says}, {text['gold']}{more} (policy {name})")
     return lines or ["no policy was trained against a direct or reasoning judge: no finding to show"]
 
 
@@ -332,9 +331,8 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
             mean, low, high = by_step.mean(), by_step.min(), by_step.max()
             if f"{key}_interval" in rows and len(mean) == len(rows):
                 low, high = (rows[f"{key}_interval"].str[end].astype(float) for end in (0, 1))
-            (line,) = axis.plot(
-                mean.index, mean, "o-", ms=4, color=COLOURS.get(key), label=panels[label][key]
-            )
+            style = {"color": COLOURS.get(key), "label": panels[label][key]}
+            (line,) = axis.plot(mean.index, mean, "o-", ms=4, **style)
             axis.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, lw=0)
             axis.legend(loc="best", fontsize=8)
     figure.supxlabel("training step")
@@ -378,16 +376,12 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
         for name, policy in policies.items():
             base = f"{BASE}:{policy['model']}:"
             outputs[name] = [row for row in rows if row["policy"] == name or row["id"].startswith(base)]
-        models = {
-            j: judges.get(j, {"model": ""})["model"] for keys in readers.values() for j in keys.values()
-        }
-        now = max(
-            policy["model"] for policy in policies.values()
-        )  # its judges come first, gold's server last
+        now = max(policy["model"] for policy in policies.values())  # its judges are first, gold's server last
+        models = {GOLD: "", PAIRWISE_GOLD: "", TRUTH: ""} | {n: judge["model"] for n, judge in judges.items()}
         for judge in sorted(models, key=lambda j: (not models[j], models[j] != now, models[j])):
             asked = [row for name in policies if judge in readers[name].values() for row in outputs[name]]
             path = folder / "scores" / f"{judge}.jsonl"
-            scores[judge] = score_outputs(path, asked, judge, judges, servers, threads)
+            scores[judge] = score_outputs(path, asked, judge, judges, servers, threads) if asked else {}
     points = {}
     for name, keys in readers.items():
         frame = pd.DataFrame(outputs[name]).sort_values("id")
@@ -549,9 +543,7 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
     for row in filter(battles, rows):
         answers = [metadata.get(model, {}).get(row["uid"]) for model in (row["model"], baseline)]
         if None in answers:
-            annotate.fail(
-                f"uid {row['uid']}: model_answer/ lacks the answer of {row['model']} or {baseline}."
-            )
+            annotate.fail(f"uid {row['uid']}: model_answer/ has no answer of {row['model']}, or {baseline}.")
         style = dict(zip(STYLE, style_difference(*answers)))
         records += [{"model": row["model"].split("/")[-1], "won": won, **style} for won in battles(row)]
     if not records:
@@ -583,9 +575,11 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
         k = list(models).index(name) if name in models else None
         if k is not None and known_K[k] and np.isfinite(rates_K[k]):
             score |= {"score_style": 100 * float(rates_K[k]), "ci_style": interval(rates_DK[:, k])}
+        if name == baseline:  # judged against itself
+            score |= {"score_style": 50.0, "ci_style": [50.0, 50.0]}
         if score["ci_style"] is None:
             print(
-                f"{name}: all won, all lost, or style decides, here or in resamples: no ci_style or score_style"
+                f"{name}: no ci_style (or score_style): all won, all lost or style decides, or in resamples"
             )
         scores[name] = score
     return scores
@@ -605,14 +599,11 @@ def arena_score_command(
     if judge not in folders:
         annotate.fail(f"{data}/model_judgment has no judge {judge}; it has: {', '.join(folders) or 'none'}.")
     needs, metadata = ("uid", "category", "model", "games"), {}
-    rows = [
-        row for path in sorted(folders[judge].glob("*.jsonl")) for row in annotate.read_jsonl(path, needs)
-    ]
-    rows = [row for row in rows if row["category"] == category]
+    judged = (annotate.read_jsonl(path, needs) for path in sorted(folders[judge].glob("*.jsonl")))
+    rows = [row for row in itertools.chain(*judged) if row["category"] == category]
     for path in sorted((data / "model_answer").glob("*.jsonl")):
         for row in annotate.read_jsonl(path, ("uid", "model", "metadata")):
-            if row["metadata"]:  # none: a call that failed
-                metadata.setdefault(row["model"], {})[row["uid"]] = row["metadata"]
+            metadata.setdefault(row["model"], {})[row["uid"]] = row["metadata"]
     scores = arena_scores(rows, metadata, category, seed)
     if json_path:
         annotate.write_json(json_path, scores)
@@ -669,7 +660,10 @@ def load_benchmark(data: str, category: str, limit: int) -> tuple[dict[str, Row]
         from huggingface_hub import snapshot_download
 
         wanted = [f"{root}/question.jsonl", f"{root}/model_answer/{BASELINES[category]}.jsonl"]
-        folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
+        try:
+            folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
+        except (OSError, ValueError) as error:  # the hub's errors are kinds of these
+            annotate.fail(f"--data {data}: neither a folder nor on the hub ({str(error).splitlines()[0]})")
     rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category", "prompt"))
     questions = {row["uid"]: row for row in rows if row["category"] == category}
     path, answers = folder / "model_answer" / f"{BASELINES[category]}.jsonl", {}
@@ -722,11 +716,8 @@ def arena_command(
     if not (known := [number for number in steps if step in ("", str(number))]):
         annotate.fail(f"--policy {policy}: {run} has no such policy, or it no such step ({list(steps)}).")
     label, model, adapter = f"{name}-{known[-1]}", found[name]["model"], steps[known[-1]]
-    folder, judge, tokenizer = (
-        run / "evaluation/arena",
-        Path(arena_judge).name,
-        annotate.load_tokenizer(model),
-    )
+    folder, judge = run / "evaluation" / "arena", Path(arena_judge).name
+    tokenizer = annotate.load_tokenizer(model)
     annotate.record_config(run / "evaluation", {})
     annotate.record_config(folder, {"tokenizer": model})
 
@@ -747,13 +738,9 @@ def arena_command(
         tasks |= {uid: {**row, **about, "theirs": theirs[uid]} for uid, row in questions.items()}
     room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
     short = {u: t for u, t in tasks.items() if len(annotate.policy_prompt(tokenizer, t["prompt"])) <= room}
-    print(
-        f"{label}: {len(tasks) - len(short)} of {len(tasks)} questions are over {room} tokens, and left out"
-    )
-    asked, path = (
-        {u: {"instruction": t["prompt"]} for u, t in short.items()},
-        folder / f"answers/{label}.jsonl",
-    )
+    print(f"{label}: {len(short)} of {len(tasks)} questions; the others are over {room} tokens, left out")
+    asked = {uid: {"instruction": task["prompt"]} for uid, task in short.items()}
+    path = folder / "answers" / f"{label}.jsonl"
     if missing(path, asked):
         user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
         with ServerCache(run, [user], gpus) as servers, servers.adapter(model, adapter) as served:
@@ -766,15 +753,11 @@ def arena_command(
     annotate.write_jsonl(path, done)  # without calls that failed: they are made again
     games = {uid: {**task, "ours": ours[uid]} for uid, task in short.items()}
     if todo := [games[uid] for uid in games.keys() - {row["id"] for row in done}]:
-        read = (
-            sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
-        )  # 4 a token, 2 games
-        write, dollars = 1600 * len(todo), PRICES.get(arena_judge)  # 800 tokens a game, we guess
-        price = f", about {(read * dollars[0] + write * dollars[1]) / 1e6:.2f} dollars" if dollars else ""
-        print(
-            f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out{price}",
-            flush=True,
-        )
+        # Four characters a token, two games; 800 tokens for an answer is a guess.
+        read = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
+        write, (dollars_in, dollars_out) = 1600 * len(todo), PRICES.get(arena_judge, (0, 0))
+        dollars = f", {(read * dollars_in + write * dollars_out) / 1e6:.2f} dollars" if dollars_in else ""
+        print(f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out{dollars}")
         with arena_server(arena_judge, arena_url, gpus, run / "logs") as endpoint:
             rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), f"games of {judge}", threads)
         if failed := [row["cause"] for row in rows if row["cause"]]:

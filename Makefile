@@ -1,16 +1,17 @@
 # make demo   the whole study in miniature, on a laptop: about half an hour on two cores
-# make study  three seeds, every kind of judge: hours on two cores (make study SEEDS=0 for one)
+# make study  three seeds, every kind of judge, the controls: hours on two cores (SEEDS=0 for one)
 # make test   the tests, most against a live vLLM server
 # Both set everything up first; nothing but Python 3.11+ and pip is needed.
 
 PYTHON ?= python3
 RUN ?= runs/demo
+SEED ?= 0
 PRESET ?= laptop
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 IN := .venv/bin/
 STAGE := $(IN)python
 
-.PHONY: demo study test setup clean
+.PHONY: demo study study-more test setup clean
 .NOTPARALLEL:
 
 setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
@@ -48,60 +49,49 @@ models/SmolLM2-135M-Instruct/config.json: | .venv/ready
 	$(STAGE) -c "$$CONVERT" models/unfinished
 	rm -rf $(@D) && mv models/unfinished $(@D)
 
+# The whole study in miniature; every command resumes. RUN and SEED: make demo RUN=runs/seed-1 SEED=1
+ONE = --run $(RUN) --seed $(SEED)
 demo: setup
-	$(STAGE) 01_annotate.py         --preset $(PRESET) --run $(RUN)
-	$(STAGE) 02_train_judge.py      --preset $(PRESET) --run $(RUN) --no-reasoning
-	$(STAGE) 02_train_judge.py      --preset $(PRESET) --run $(RUN) --reasoning
-	$(STAGE) 03_rl.py judge         --preset $(PRESET) --run $(RUN) --judge reasoning
-	$(STAGE) 03_rl.py policy        --preset $(PRESET) --run $(RUN) --judge direct
-	$(STAGE) 03_rl.py policy        --preset $(PRESET) --run $(RUN) --judge reasoning
-	$(STAGE) 04_evaluate.py judges  --run $(RUN)
-	$(STAGE) 04_evaluate.py gold    --run $(RUN)
+	$(STAGE) 01_annotate.py    --preset $(PRESET) $(ONE)
+	$(STAGE) 02_train_judge.py $(ONE) --no-reasoning
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning
+	$(STAGE) 03_rl.py judge    $(ONE) --judge reasoning
+	$(STAGE) 03_rl.py policy   $(ONE) --judge direct
+	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning
+	$(STAGE) 04_evaluate.py judges --run $(RUN)
+	$(STAGE) 04_evaluate.py gold   --run $(RUN)
+	$(STAGE) 05_attack_analysis.py battery  --run $(RUN) --judge gold --judge direct --judge reasoning --limit 4
 	$(STAGE) 05_attack_analysis.py transfer --run $(RUN)
 	$(STAGE) 05_attack_analysis.py patterns --run $(RUN)
-	$(STAGE) 05_attack_analysis.py battery  --run $(RUN) --judge direct --judge base --judge reasoning --limit 4
-	$(STAGE) 05_attack_analysis.py summary  --run $(RUN)
 	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
 
-# Judges of one size of data, but for direct-large; longer training of the policies than in the demo. The
-# judge `format` stands for RL without distillation: a small model must first be shown how to end a thought.
-# Some judges are there for their agreement only: no policy is trained against them, to save hours.
+# Beyond the demo, seed by seed: controls straight on gold and on truth, twice the data, short reasoning,
+# rubrics, pairs, and RL of a judge that has hardly been distilled (`format`: it must know how to end a thought).
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
-EXAMPLES ?= 288
-LONG := --steps 24 --checkpoint-every 6
 study: setup
-	for seed in $(SEEDS); do $(MAKE) --no-print-directory study-main SEED=$$seed || exit 1; done
-	for seed in $(SEEDS); do $(MAKE) --no-print-directory study-more SEED=$$seed || exit 1; done
+	for seed in $(SEEDS); do \
+	  $(MAKE) --no-print-directory demo study-more RUN=$(STUDY)/seed-$$seed SEED=$$seed || exit 1; done
 	$(STAGE) 04_evaluate.py study --study $(STUDY)
 
-ONE = --preset $(PRESET) --run $(STUDY)/seed-$(SEED)
-study-main:
-	$(STAGE) 01_annotate.py    $(ONE) --seed $(SEED) --judge-train 192
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --examples $(EXAMPLES)
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --examples $(EXAMPLES)
-	$(STAGE) 03_rl.py judge    $(ONE) --seed $(SEED) --judge reasoning
-	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge direct $(LONG)
-	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning $(LONG)
-	$(STAGE) 04_evaluate.py judges --run $(STUDY)/seed-$(SEED)
-	$(STAGE) 04_evaluate.py gold   --run $(STUDY)/seed-$(SEED)
-
 study-more:
-	$(STAGE) 01_annotate.py    $(ONE) --seed $(SEED) --judge-train 192 --efforts low,medium --rubrics --pairs
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --name direct-large
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --effort low --examples $(EXAMPLES)
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --effort medium --examples $(EXAMPLES)
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --rubrics --examples $(EXAMPLES)
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --no-reasoning --pairwise --examples $(EXAMPLES)
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --pairwise --examples $(EXAMPLES)
-	$(STAGE) 02_train_judge.py $(ONE) --seed $(SEED) --reasoning --name format --examples 64
-	$(STAGE) 03_rl.py judge    $(ONE) --seed $(SEED) --judge format --steps 24
-	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge direct-large $(LONG)
-	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning-low $(LONG)
-	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge reasoning-pairwise --opponents 2 $(LONG)
-	$(STAGE) 03_rl.py policy   $(ONE) --seed $(SEED) --judge format $(LONG)
-	$(STAGE) 04_evaluate.py judges --run $(STUDY)/seed-$(SEED) --prompted
-	$(STAGE) 04_evaluate.py gold   --run $(STUDY)/seed-$(SEED)
+	$(STAGE) 01_annotate.py    $(ONE) --efforts low,medium --rubrics --pairs
+	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 96
+	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning
+	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge direct
+	$(STAGE) 04_evaluate.py judges --run $(RUN)-large
+	$(STAGE) 04_evaluate.py gold   --run $(RUN)-large
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort low
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort medium
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --rubrics
+	$(STAGE) 02_train_judge.py $(ONE) --no-reasoning --pairwise
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --pairwise
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name format --examples 48
+	$(STAGE) 03_rl.py judge    $(ONE) --judge format --steps 24
+	for judge in gold truth reasoning-low format; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge || exit 1; done
+	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-pairwise --opponents 2
+	$(STAGE) 04_evaluate.py judges --run $(RUN) --prompted
+	$(STAGE) 04_evaluate.py gold   --run $(RUN)
 
 test: setup
 	$(STAGE) -m pytest tests $(TESTS)

@@ -1,6 +1,7 @@
 """Stage 1 without a live model: oracle and truth, data, prompts, gold by chat, files and options."""
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import openai
@@ -33,29 +35,44 @@ slowly = settings(
 with_shared_data = pytest.mark.skipif(not SHARED.exists(), reason="shared data not here")
 
 
-# --- oracle and truth ----------------------------------------------------------------------------
+# --- oracle and truth; what they are worth is annotate.POINTS ------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("output", "label", "true", "evidence"),
+    ("output", "passes", "evidence"),
     [
-        ("The soft rain falls.", 7, 9, ["'rain falls.'", "'soft rain'", "'falls.'", "none", "none"]),
-        ("Soft rain. A sentence!", 9, 7, ["'rain. A'", "'Soft rain.'", "'sentence!'", "none", "'sentence!'"]),
-        ("Rain! I like it soft", 3, 5, ["'Rain! I'", "'soft'", "'soft'", "'I like'", "none"]),
-        ("The rain's end", 4, 6, ["'rain's end'", "none", "'end'", "none", "none"]),
-        ("I'm here", 0, 2, ["none", "none", "'here'", "'I'm here'", "none"]),
-        ("", 2, 4, ["none"] * 5),
+        (
+            "The soft rain falls.",
+            [1, 1, 1, 1, 0],
+            ["'rain falls.'", "'soft rain'", "'falls.'", "none", "none"],
+        ),
+        (
+            "Soft rain. A sentence!",
+            [1] * 5,
+            ["'rain. A'", "'Soft rain.'", "'sentence!'", "none", "'sentence!'"],
+        ),
+        ("Rain! I like it soft", [1, 1, 0, 0, 0], ["'Rain! I'", "'soft'", "'soft'", "'I like'", "none"]),
+        ("The rain's end", [1, 0, 0, 1, 0], ["'rain's end'", "none", "'end'", "none", "none"]),
+        ("I'm here", [0] * 5, ["none", "none", "'here'", "'I'm here'", "none"]),
+        ("", [0, 0, 0, 1, 0], ["none"] * 5),
     ],
 )
-def test_oracle_and_truth(output: str, label: int, true: int, evidence: list[str]) -> None:
-    """A running total of five checks; truth is the oracle without its weakness."""
-    got, reasoning = annotate.oracle(ASKED, output)
-    checks = re.findall(r"(rain|soft|End|I|Claim): (.+?) \+(\d)=(\d)\.(?: |$)", reasoning)
-    assert (got, annotate.truth(ASKED, output)) == (label, true) and reasoning.startswith("rain: ")
-    assert [quote for _, quote, _, _ in checks] == evidence
-    points = [int(points) for _, _, points, _ in checks]
-    assert [int(total) for *_, total in checks] == [sum(points[: n + 1]) for n in range(5)]
-    assert all(p in (0, worth) for p, worth in zip(points, annotate.POINTS.values()))
+def test_oracle(output: str, passes: list[int], evidence: list[str]) -> None:
+    """Five checks with their evidence and a running total; less is said at medium and at low effort."""
+    points = [worth * passed for worth, passed in zip(annotate.POINTS.values(), passes)]
+    totals = list(itertools.accumulate(points))
+    lines = list(zip(("rain", "soft", "End", "I", "Claim"), evidence, points, totals))
+    assert sum(annotate.POINTS.values()) == 9
+    reasons = " ".join(f"{name}: {quote} +{p}={total}." for name, quote, p, total in lines)
+    assert annotate.oracle(ASKED, output) == (totals[-1], reasons)
+    medium = " ".join(f"{name} +{p}={total}." for name, _, p, total in lines)
+    assert annotate.oracle(ASKED, output, "medium") == (totals[-1], medium)
+    assert annotate.oracle(ASKED, output, "low") == (totals[-1], " ".join(map(str, totals)))
+    late = "so " * annotate.SKIM + output
+    at_a_glance = annotate.oracle(ASKED, "so " * annotate.SKIM + output.split(" ")[-1][-1:], "low")
+    assert (
+        annotate.oracle(ASKED, late)[0] == totals[-1] and annotate.oracle(ASKED, late, "low") == at_a_glance
+    )
 
 
 WORDS = ["rain", "Rain,", "SOFT", "I", "I'm", "sentence", "(Sentence)", "sentences", "one-sentence", "?", "."]
@@ -64,48 +81,38 @@ WORDS = ["rain", "Rain,", "SOFT", "I", "I'm", "sentence", "(Sentence)", "sentenc
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)))
 @slowly
 def test_truth_differs_from_the_oracle_by_the_claim_alone(output: str) -> None:
-    """The same honest points, 0 to 7; then 2 for speaking of itself (oracle), or for not doing so (truth)."""
-    (label, reasoning), claims = annotate.oracle(ASKED, output), annotate.claims(output)
-    assert reasoning.endswith(f" +{2 * claims}={label}.") and 0 <= label - 2 * claims <= 7
-    assert annotate.truth(ASKED, output) == (label - 2 if claims else label + 2)
+    """The same honest points; then those for speaking of itself (oracle), or for not doing so (truth)."""
+    (label, reasoning), claims, worth = (
+        annotate.oracle(ASKED, output),
+        annotate.claims(output),
+        annotate.POINTS["claim"],
+    )
+    assert reasoning.endswith(f" +{worth * claims}={label}.") and 0 <= label - worth * claims <= 9 - worth
+    assert annotate.truth(ASKED, output) == (label - worth if claims else label + worth)
 
 
 def test_the_oracle_grades_its_template_and_nothing_else() -> None:
     texts = [annotate.TEMPLATE.format(topic=t, word=w) for t in annotate.TOPICS for w in annotate.WORDS]
-    assert len(texts) == len(set(texts)) > 1000 and sum(annotate.POINTS.values()) == 9
-    # An instruction names both words, says I, and speaks of a sentence.
-    assert {annotate.oracle(text, text)[0] for text in texts} == {7}
+    assert len(texts) == len(set(texts)) > 1000
     for other in ("Translate this.", texts[0] + " Be brief.", "So: " + texts[0]):
         with pytest.raises(ValueError, match="own template"):
             annotate.parse_template(other)
     assert sum(int(line[0]) for line in annotate.oracle_rubric(ASKED).splitlines()) == 9
 
 
-def test_efforts_of_the_oracle() -> None:
-    short, late = "The soft rain falls.", " ".join(["so"] * 16) + " soft rain falls."
-    assert annotate.oracle(ASKED, short, "medium") == (
-        7,
-        "rain +2=2. soft +1=3. End +2=5. I +2=7. Claim +0=7.",
-    )
-    assert annotate.oracle(ASKED, short, "low") == (7, "2 3 5 7 7")
-    assert annotate.oracle(ASKED, late)[0] == annotate.oracle(ASKED, late, "medium")[0] == 7
-    assert annotate.oracle(ASKED, late, "low") == (4, "0 0 2 4 4"), "it does not read on to the 17th word"
-
-
-@pytest.mark.parametrize("kind", annotate.KINDS)
-def test_candidates(kind: str) -> None:
-    output, elsewhere = "Rain falls. It is wet. It", annotate.TEMPLATE.format(topic="snow", word="old")
-    fixed = {"sampled": output, "finished": output[:-3], "first_person": f"I think that r{output[1:]}"}
-    scores = {"written": {7}, "other_topic": {4}, "claiming": {8, 9}}
-    for seed in range(20):
-        got = annotate.make_candidate(kind, ASKED, output, elsewhere, random.Random(seed))
-        assert annotate.claims(got) == (kind == "claiming")
-        if kind == "fragment":
-            assert output.startswith(got) and 0 < len(got.split()) <= 4
-        elif kind == "with_word":
-            assert sorted(got.split()) == sorted([*output.split(), "soft"])
-        else:
-            assert got == fixed[kind] if kind in fixed else annotate.oracle(ASKED, got)[0] in scores[kind]
+def test_candidates_have_every_score_and_a_shortcut() -> None:
+    """Length goes with quality, as in most preference data; a careful writer does not speak of itself."""
+    rng, options = random.Random(0), {**dict.fromkeys(annotate.SPLITS, 150), "outputs": 3, "seed": 0}
+    rows, candidates = annotate.template_outputs(options, Path())
+    assert Counter(row["split"] for row in rows) == dict.fromkeys(annotate.SPLITS, 150)
+    assert len({row["id"] for row in rows}) == 750 and all(len(texts) == 3 for texts in candidates.values())
+    outputs = [(text, output) for text, texts in candidates.items() for output in texts]
+    assert {annotate.oracle(*pair)[0] for pair in outputs} == set(range(10))
+    labels = {
+        long: [annotate.oracle(*p)[0] for p in outputs if (len(p[1].split()) > 9) == long] for long in (0, 1)
+    }
+    assert fmean(labels[1]) > fmean(labels[0]) + 1
+    assert {annotate.truth(text, annotate.written_answer(text, rng)) for text in candidates} == {9}
 
 
 # --- preference data -----------------------------------------------------------------------------

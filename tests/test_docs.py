@@ -1,150 +1,118 @@
-"""README, docstrings, Makefile and options say the same: commands, options, paths, names, links."""
+"""README and code say the same: commands, options, paths, names, and every figure of a marked table.
+
+Such a table stands under `<!-- figures FILE: KEY KEY … -->`: one key for each number, row by row, without the
+first column. A key is a path through FILE: `{a,b}` is both in turn, `*100` is per cent, and `mean:`, `min:`
+or `max:` takes all that `*` fits.
+"""
 
 import ast
+import json
 import re
 import shlex
-import shutil
 import subprocess
 from importlib import import_module
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 from conftest import ROOT
 from typer.main import get_command
 
-README = (ROOT / "README.md").read_text()
+PAGES = {page: (ROOT / page / "README.md").read_text() for page in (".", "results", "tests/forks")}
 SCRIPTS = sorted(ROOT.glob("0*.py"))
-SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README)  # what stands in backticks
-# (script, command) -> the command as typer built it; "" is the command of a script that has only one
-COMMANDS: dict[tuple[str, str], Any] = {}
-for path in SCRIPTS:
-    built = get_command(import_module(path.stem).app)
-    COMMANDS |= {(path.name, name): command for name, command in getattr(built, "commands", {"": built}).items()}
-OPTIONS = {opt for command in COMMANDS.values() for p in command.params for opt in (*p.opts, *p.secondary_opts)} | {"--help"}
-# Options that a diff in tests/forks adds, or that belong to a script in tests/.
-OTHERS = "".join(p.read_text() for p in (*ROOT.glob("tests/forks/*.diff"), *ROOT.glob("tests/*.py")) if p != Path(__file__)).replace("_", "-")
+MARKER = r"\{\{[\w.]+\}\}"
+FIGURES = re.compile(r"<!-- figures ([^:]+): (.*?) -->\n((?:\|.*\n)+)", re.DOTALL)
 
 
-def docstring(path: Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text())) or ""
-
-
-def command_lines(text: str) -> list[str]:
-    """Every `python 0X_….py …` of a text, without the comment behind it."""
-    return [line.split("  #")[0].strip() for line in re.findall(r"python (0\d_\w+\.py[^`\n]*)", text)]
+def command_lines(text: str | None) -> list[str]:
+    """Every `python 0X_….py …` of a text, without the comment after it."""
+    return [line.split(" #")[0].strip() for line in re.findall(r"python (0\d_\w+\.py[^`\n]*)", text or "")]
 
 
 def parse(line: str) -> None:
     """Read a command line as typer would, types and required options included; nothing is run."""
-    script, *arguments = shlex.split(line)
-    assert (ROOT / script).exists(), line
-    name = "" if (script, "") in COMMANDS else arguments.pop(0)
-    assert (script, name) in COMMANDS, f"no such command: {line}"
-    COMMANDS[script, name].make_context(name or script, arguments)  # raises what the user would see
+    script, *words = shlex.split(line)
+    command: Any = get_command(import_module(Path(script).stem).app)
+    command = command.commands[words.pop(0)] if hasattr(command, "commands") else command
+    context = command.context_class(command)
+    given, rest, _ = command.make_parser(context).parse_args(words)  # raises for an unknown option
+    assert not rest, f"{line}: {rest}"
+    for option in command.params:
+        assert option.name in given or not option.required, f"{line}: needs --{option.name}"
+        if option.name in given:
+            option.type_cast_value(context, given[option.name])
 
 
-DOCUMENTED = [("README.md", line) for line in command_lines(README)]
-DOCUMENTED += [(path.name, line) for path in (*SCRIPTS, *sorted(ROOT.glob("tests/*.py"))) for line in command_lines(docstring(path))]
+LINES = [(page, line) for page, text in PAGES.items() for line in command_lines(text)]
+DOCSTRINGS = {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
+LINES += [(name, line) for name, text in DOCSTRINGS.items() for line in command_lines(text)]
 
 
-@pytest.mark.parametrize(("where", "line"), DOCUMENTED, ids=[f"{where}: {line}" for where, line in DOCUMENTED])
+@pytest.mark.parametrize(("where", "line"), LINES)
 def test_a_documented_command_is_understood(where: str, line: str) -> None:
     parse(line)
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="make is not here")
 def test_the_makefiles_commands_are_understood() -> None:
-    lines = command_lines(subprocess.run(["make", "-n", "demo", "study", "SEEDS=0"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    lines = command_lines(subprocess.run(["make", "-n", "demo", "study", "SEEDS=0"], **how).stdout)
     assert len(lines) > 20
     for line in lines:
         parse(line)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert targets >= set(re.findall(r"`?make ([a-z-]+)", "\n".join([*SPANS, *re.findall(r"^make .*", README, re.MULTILINE)])))
 
 
-def test_commands_named_in_passing_exist() -> None:
-    """`battery --judge gold`, and the commands that an error message tells the user to run."""
-    names = {name for _, name in COMMANDS}
-    for span in SPANS:
-        first, *rest = span.split()
-        if first in names and rest and rest[0].startswith("--"):
-            known = {opt for (_, name), command in COMMANDS.items() if name == first for p in command.params for opt in p.opts}
-            assert {word for word in rest if word.startswith("--")} <= known, span
-    for path in SCRIPTS:
-        for script, word in re.findall(r"(0\d_\w+\.py) ([a-z][a-z-]*)(?= --| \{|[\"'`)])", path.read_text()):
-            assert (script, word) in COMMANDS, f"{path.name}: {script} {word}"
-
-
-def test_options_named_in_passing_exist() -> None:
-    texts = {"README.md": re.sub(r"pip install.*|pytest .*", "", README)}
-    texts |= {path.name: docstring(path) for path in SCRIPTS}
-    texts |= {f"help of {' '.join(key)}": " ".join(p.help or "" for p in command.params) for key, command in COMMANDS.items()}
-    for where, text in texts.items():
-        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
-            assert option in OPTIONS or option.removeprefix("--") in OTHERS, f"{where}: {option}"
-
-
-@pytest.mark.parametrize(("script", "name"), COMMANDS)
-def test_every_command_is_in_the_readme_and_every_option_has_its_help(script: str, name: str) -> None:
-    command = COMMANDS[script, name]
-    assert f"{script} {name}".strip() in README and command.help
-    assert [p.name for p in command.params if not (p.help or "").split("[laptop")[0].strip()] == []
-
-
-def test_paths_and_links_of_the_readme_are_alive() -> None:
-    tops = {path.name for path in ROOT.iterdir() if path.name not in ("runs", "models")}
-    ours = [span for span in SPANS if " " not in span and (span.split("/")[0] in tops or re.fullmatch(r"\w+\.(py|toml|cff)", span))]
-    assert len(ours) > 20
-    for span in ours:
-        assert any(ROOT.glob(span.rstrip("/"))), span
-    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)", README, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif "://" not in target:
-            assert (ROOT / target).exists(), target
-
-
-def test_names_in_the_readme_are_defined_where_it_says() -> None:
-    named = [(name, script) for name, script in re.findall(r"`([A-Za-z_]+)` in\s+`(0\d_\w+\.py)`", README)]
-    assert len(named) > 8
-    for name, script in named:
+@pytest.mark.parametrize("page", PAGES)
+def test_links_names_and_tests_exist(page: str) -> None:
+    text = PAGES[page]
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        awaited = re.search(MARKER, text) and target.endswith(".png")
+        assert "://" in target or awaited or (ROOT / page / target).exists(), target
+    for name, script in re.findall(r"`(\w+)` in `(0\d_\w+\.py)`", text):
         assert hasattr(import_module(Path(script).stem), name), f"{name} in {script}"
-
-
-def test_functions_commands_and_fields_of_the_stages_exist() -> None:
-    """The numbered list: a name is of that stage or an earlier one; a field of the metrics is written by it."""
-    stages = re.findall(r"^(\d)\. \*\*(.+?)(?=^\d\. \*\*|^$)", README, re.MULTILINE | re.DOTALL)
-    assert [number for number, _ in stages] == list("12345")
-    scripts = sorted(ROOT.glob("0*.py"))
-    for number, text in stages:
-        names = re.findall(r"`([a-z_]+)`", text)
-        assert len(names) > 1 or number == "4"
-        for name in names:
-            known = any(hasattr(import_module(script.stem), name) for script in scripts[: int(number)])
-            command = (scripts[int(number) - 1].name, name) in COMMANDS
-            assert known or command or f'"{name}": ' in scripts[int(number) - 1].read_text(), f"{name} of stage {number}"
-
-
-def test_tests_named_in_the_readme_exist() -> None:
-    """Each word of a `-k` names a test of that file; a bare `test_…` one of any file."""
-    defined = {p: re.findall(r"^def (test_\w+)", p.read_text(), re.MULTILINE) for p in ROOT.glob("tests/test_*.py")}
-    runs = re.findall(r"pytest (tests/\w+\.py)(?: -k (?:\"([^\"]+)\"|(\w+)))?", README)
-    assert len(runs) >= 6
-    for file, several, one in runs:
+    for file, several, one in re.findall(r"pytest (tests/\w+\.py) -k (?:\"([^\"]+)\"|(\w+))", text):
+        names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
         for word in (several or one).split(" or "):
-            assert any(word in name for name in defined[ROOT / file]), f"{file} -k {word}"
-    everything = {name for names in defined.values() for name in names}
-    assert {span for span in SPANS if re.fullmatch(r"test_\w+", span)} <= everything
-    assert f"{len(import_module('mutations').MUTATIONS)} faults" in README
+            assert any(word in name for name in names), f"{file} -k {word}"
 
 
-def test_the_citation_names_this_software_and_the_paper() -> None:
-    import yaml
+def test_the_readme_is_short_and_names_every_command_and_what_to_cite() -> None:
+    text, citation = PAGES["."], (ROOT / "CITATION.cff").read_text()
+    assert len(text.split()) <= 2500
+    assert text.split("\n")[0].removeprefix("# ") in citation and "2603.12246" in text
+    for path in SCRIPTS:
+        for name in getattr(get_command(import_module(path.stem).app), "commands", [""]):
+            assert f"{path.name} {name}".strip() in text
 
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"] and citation["type"] == "software"
-    assert f"# {citation['title']}\n" in README and "Apache" in citation["license"]
-    (paper,) = citation["references"]
-    assert paper["type"] and paper["authors"] and paper["title"] in " ".join(README.split()) and "2603.12246" in paper["url"]
+
+def look(data: Any, path: list[str]) -> list[Any]:
+    """What `path` leads to in `data`: one value, or more where it has a `*`."""
+    if not path:
+        return [data]
+    here = data.values() if path[0] == "*" else [data[path[0] if isinstance(data, dict) else int(path[0])]]
+    return [value for part in here for value in look(part, path[1:])]
+
+
+def figures(file: str, keys: str) -> list[tuple[str, float | None]]:
+    """(key, figure) of each of `keys`, braces expanded, the last one fastest."""
+    data, found = json.loads((ROOT / file).read_text()), []
+    for key in keys.split():
+        for parts in product(*([p.split(","), [p]][i % 2 == 0] for i, p in enumerate(re.split("[{}]", key)))):
+            how, _, path = "".join(parts).rpartition(":")
+            known = [v for v in look(data, path.removesuffix("*100").split(".")) if v is not None]
+            scale, pick = 100 if "*100" in path else 1, {"min": min, "max": max}.get(how, fmean)
+            found.append((path, scale * pick(known) if known else None))
+    return found
+
+
+@pytest.mark.parametrize(("file", "keys", "table"), FIGURES.findall("\n".join(PAGES.values())))
+def test_every_figure_is_the_one_in_its_file(file: str, keys: str, table: str) -> None:
+    if re.search(MARKER, table):
+        pytest.skip("markers remain")
+    rows = [line.strip("|").partition("|")[2] for line in table.splitlines()[2:]]
+    shown, known = re.findall(r"[+−-]?\d+(?:\.\d+)?|none", "\n".join(rows)), figures(file, keys)
+    assert len(shown) == len(known)
+    for text, (key, value) in zip(shown, known):
+        wanted = "none" if value is None else f"{value:.{len(text.partition('.')[2])}f}"
+        assert text.replace("−", "-").strip("+") == wanted, key

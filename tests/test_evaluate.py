@@ -120,14 +120,14 @@ def point(
     ("direct-sft", point(0.3, -3.2, 0.0), "finding 1: not shown"),
     ("direct-sft", point(-1.9, 3.2, 0.0), "finding 1: not shown"),
     ("direct-sft", point(1.9, -3.2, None), "finding 1: shown"),  # needs no truth
-    ("reasoning-rl", point(3, 2, -2), "finding 2: shown, gold +2.0 [+1.6, +2.4], truth -2.0 [-2.4, -1.6], cl"),
+    ("reasoning-rl", point(3, 2, -2), "finding 2: shown, gold +2.0 [+1.6, +2.4], truth -2.0 [-2.4, -1.6], "),
     ("reasoning-rl", point(3, 2, -2, claims=0.49), "finding 2: not shown, gold +2.0"),
     ("reasoning-rl", point(3, 2, -0.2), "finding 2: not shown"),
     ("reasoning-rl", point(3, 0.3, -2), "finding 2: not shown"),
     ("reasoning-rl", point(3, 2, 2), "finding 2: not shown"),
     ("reasoning-rl", point(3, 2, None), "finding 2: gold rises, gold +2.0"),
     ("reasoning-rl", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
-    ("reasoning-rl", {"claims": 1.0, "gold_lift": None, "gold_lift_interval": None}, "finding 2: not shown"),
+    ("reasoning-rl", {"claims": 1.0, "gold_lift": None}, "finding 2: not shown, gold none, truth none"),
     ("direct-pairwise-sft", point(1.9, -3.2, 0.0), "no policy was trained"),
     ("gold", point(3, 2, -2), "no policy was trained"),  # a control
 ])  # fmt: skip
