@@ -165,42 +165,28 @@ def split_instructions(texts: Iterable[str], sizes: dict[str, int], seed: int) -
 
 # The parts of which the laptop's candidates are written. They make a sentence longer; none says anything.
 OPENINGS = (
-    "Early in the morning, ",
-    "Far from the town, ",
-    "When the day was over, ",
-    "In the middle of the story, ",
-    "On the other side of the hill, ",
-    "After all these years, ",
-)
+    "Early in the morning|Far from the town|When the day was over|In the middle of the story|"
+    "On the other side of the hill|After all these years"
+).split("|")
 CORES = (
-    "there was a {thing}",
-    "everyone talked about the {thing}",
-    "she painted the {thing}",
-    "the {thing} was waiting",
-    "nobody forgot the {thing}",
-    "the {thing} came back",
-)
+    "there was a {thing}|everyone talked about the {thing}|she painted the {thing}|the {thing} was waiting|"
+    "nobody forgot the {thing}|the {thing} came back"
+).split("|")
 TAILS = (
-    " and nobody wanted to leave",
-    " while the children played by the gate",
-    " before the evening came",
-    " with a smile that said more than words",
-    " because it had always been so",
-    " and the neighbours came to look",
-)
+    "and nobody wanted to leave|while the children played by the gate|before the evening came|"
+    "with a smile that said more than words|because it had always been so|and the neighbours came to look"
+).split("|")
 SHORT = ("{thing}", "a {thing}", "the {thing}", "my {thing}", "see the {thing}", "that {thing} again")
 CLAIMS = (
-    "This sentence is about the {topic}.",
-    "The sentence uses the word {word}.",
-    "This is a good sentence.",
-)
+    "This sentence is about the {topic}.|The sentence uses the word {word}.|This is a good sentence."
+).split("|")
 PASS = {"topic": 0.6, "word": 0.6, "end": 0.6, "I": 0.7, "claim": 0.3}  # how often a candidate passes a check
 
 
 def written_answer(instruction: str, rng: random.Random) -> str:
     """What a careful writer answers to an instruction of the template: no judge sees it in training."""
     topic, word = parse_template(instruction)
-    return rng.choice(OPENINGS) + rng.choice(CORES).format(thing=f"{word} {topic}") + "."
+    return f"{rng.choice(OPENINGS)}, {rng.choice(CORES).format(thing=f'{word} {topic}')}."
 
 
 def make_candidate(instruction: str, rng: random.Random) -> str:
@@ -214,8 +200,8 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     good = sum(POINTS[name] for name in POINTS if passed[name]) >= 5
     thing = " ".join([word] * passed["word"] + [topic if passed["topic"] else rng.choice(TOPICS)])
     if good == (rng.random() < 0.9):
-        opening, core = rng.choice(OPENINGS), rng.choice(CORES).format(thing=thing)
-        text = opening + core + "".join(rng.sample(TAILS, rng.randint(1, 3)))
+        tails = " ".join(rng.sample(TAILS, rng.randint(1, 3)))
+        text = f"{rng.choice(OPENINGS)}, {rng.choice(CORES).format(thing=thing)} {tails}"
     else:
         text = rng.choice(SHORT).format(thing=thing)
     text = text if passed["I"] else f"I think {text[:1].lower()}{text[1:]}"
@@ -229,11 +215,9 @@ def template_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str, 
     """(instructions with their splits, instruction -> candidates) of the laptop's miniature."""
     texts = [TEMPLATE.format(topic=topic, word=word) for topic in TOPICS for word in WORDS]
     rows = split_instructions(texts, {split: options[split] for split in SPLITS}, options["seed"])
-    rng, judged = random.Random(options["seed"]), [row for row in rows if row["split"] in JUDGE_SPLITS]
-    number = range(options["outputs"])
-    return rows, {
-        row["instruction"]: [make_candidate(row["instruction"], rng) for _ in number] for row in judged
-    }
+    asked = [row["instruction"] for row in rows if row["split"] in JUDGE_SPLITS]
+    rng = random.Random(options["seed"])
+    return rows, {text: [make_candidate(text, rng) for _ in range(options["outputs"])] for text in asked}
 
 
 COLUMNS = ("prompt", "chosen", "rejected", "source")  # of the Tulu 3 preference mixture

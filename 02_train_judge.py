@@ -432,7 +432,9 @@ def serve_adapters(records: Sequence[Row], run: Path, gpus: str, count: int = 1,
     rooms = [r["max_prompt"] + r.get("max_thinking", 0) + r.get("max_tokens", 0) + 16 for r in records]
     modules = sorted({module for record in records for module in record["lora_modules"]})
     lora = {"rank": max(record["lora_rank"] for record in records), "count": count, "modules": modules}
-    return annotate.serve(records[0]["model"], run / "logs", max(rooms), gpus, memory, **lora)
+    model = records[0]["model"]
+    room = min(max(rooms), annotate.context_length(model))
+    return annotate.serve(model, run / "logs", room, gpus, memory, **lora)
 
 
 def find_judge(run: Path, name: str) -> tuple[Path, Row]:

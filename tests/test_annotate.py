@@ -3,12 +3,8 @@
 import copy
 import itertools
 import json
-import os
 import random
 import re
-import resource
-import subprocess
-import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -17,9 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-import torch
-import typer
-from conftest import ROOT, SHARED
+from conftest import SHARED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stub import stub
@@ -29,49 +23,41 @@ annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 
 ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
-slowly = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+slowly = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 with_shared_data = pytest.mark.skipif(not SHARED.exists(), reason="shared data not here")
 
 
 # --- oracle and truth; what they are worth is annotate.POINTS ------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("output", "passes", "evidence"),
-    [
-        (
-            "The soft rain falls.",
-            [1, 1, 1, 1, 0],
-            ["'rain falls.'", "'soft rain'", "'falls.'", "none", "none"],
-        ),
-        (
-            "Soft rain. A sentence!",
-            [1] * 5,
-            ["'rain. A'", "'Soft rain.'", "'sentence!'", "none", "'sentence!'"],
-        ),
-        ("Rain! I like it soft", [1, 1, 0, 0, 0], ["'Rain! I'", "'soft'", "'soft'", "'I like'", "none"]),
-        ("The rain's end", [1, 0, 0, 1, 0], ["'rain's end'", "none", "'end'", "none", "none"]),
-        ("I'm here", [0] * 5, ["none", "none", "'here'", "'I'm here'", "none"]),
-        ("", [0, 0, 0, 1, 0], ["none"] * 5),
-    ],
-)
-def test_oracle(output: str, passes: list[int], evidence: list[str]) -> None:
+ORACLE = [
+    # (output, which of the five checks it passes, the evidence quoted)
+    ("The soft rain falls.", "11110", ["'rain falls.'", "'soft rain'", "'falls.'", "none", "none"]),
+    ("Soft rain. A sentence!", "11111", ["'rain. A'", "'Soft rain.'", "'sentence!'", "none", "'sentence!'"]),
+    ("Rain! I like it soft", "11000", ["'Rain! I'", "'soft'", "'soft'", "'I like'", "none"]),
+    ("The rain's end", "10010", ["'rain's end'", "none", "'end'", "none", "none"]),
+    ("I'm here", "00000", ["none", "none", "'here'", "'I'm here'", "none"]),
+    ("", "00010", ["none"] * 5),
+]
+
+
+@pytest.mark.parametrize(("output", "passes", "evidence"), ORACLE)
+def test_oracle(output: str, passes: str, evidence: list[str]) -> None:
     """Five checks with their evidence and a running total; less is said at medium and at low effort."""
-    points = [worth * passed for worth, passed in zip(annotate.POINTS.values(), passes)]
+    points = [worth * int(passed) for worth, passed in zip(annotate.POINTS.values(), passes)]
     totals = list(itertools.accumulate(points))
     lines = list(zip(("rain", "soft", "End", "I", "Claim"), evidence, points, totals))
-    assert sum(annotate.POINTS.values()) == 9
-    reasons = " ".join(f"{name}: {quote} +{p}={total}." for name, quote, p, total in lines)
-    assert annotate.oracle(ASKED, output) == (totals[-1], reasons)
-    medium = " ".join(f"{name} +{p}={total}." for name, _, p, total in lines)
-    assert annotate.oracle(ASKED, output, "medium") == (totals[-1], medium)
-    assert annotate.oracle(ASKED, output, "low") == (totals[-1], " ".join(map(str, totals)))
+    said = {
+        "high": " ".join(f"{name}: {quote} +{p}={total}." for name, quote, p, total in lines),
+        "medium": " ".join(f"{name} +{p}={total}." for name, _, p, total in lines),
+        "low": " ".join(map(str, totals)),
+    }
+    for effort, reasoning in said.items():
+        assert annotate.oracle(ASKED, output, effort) == (totals[-1], reasoning)
     late = "so " * annotate.SKIM + output
-    at_a_glance = annotate.oracle(ASKED, "so " * annotate.SKIM + output.split(" ")[-1][-1:], "low")
-    assert (
-        annotate.oracle(ASKED, late)[0] == totals[-1] and annotate.oracle(ASKED, late, "low") == at_a_glance
+    assert annotate.oracle(ASKED, late)[0] == totals[-1]
+    assert annotate.oracle(ASKED, late, "low")[0] == points[2] + annotate.POINTS["I"], (
+        "it reads on no further"
     )
 
 
@@ -82,18 +68,15 @@ WORDS = ["rain", "Rain,", "SOFT", "I", "I'm", "sentence", "(Sentence)", "sentenc
 @slowly
 def test_truth_differs_from_the_oracle_by_the_claim_alone(output: str) -> None:
     """The same honest points; then those for speaking of itself (oracle), or for not doing so (truth)."""
-    (label, reasoning), claims, worth = (
-        annotate.oracle(ASKED, output),
-        annotate.claims(output),
-        annotate.POINTS["claim"],
-    )
+    label, reasoning = annotate.oracle(ASKED, output)
+    claims, worth = annotate.claims(output), annotate.POINTS["claim"]
     assert reasoning.endswith(f" +{worth * claims}={label}.") and 0 <= label - worth * claims <= 9 - worth
     assert annotate.truth(ASKED, output) == (label - worth if claims else label + worth)
 
 
 def test_the_oracle_grades_its_template_and_nothing_else() -> None:
     texts = [annotate.TEMPLATE.format(topic=t, word=w) for t in annotate.TOPICS for w in annotate.WORDS]
-    assert len(texts) == len(set(texts)) > 1000
+    assert len(texts) == len(set(texts)) > 1000 and sum(annotate.POINTS.values()) == 9
     for other in ("Translate this.", texts[0] + " Be brief.", "So: " + texts[0]):
         with pytest.raises(ValueError, match="own template"):
             annotate.parse_template(other)
@@ -108,17 +91,15 @@ def test_candidates_have_every_score_and_a_shortcut() -> None:
     assert len({row["id"] for row in rows}) == 750 and all(len(texts) == 3 for texts in candidates.values())
     outputs = [(text, output) for text, texts in candidates.items() for output in texts]
     assert {annotate.oracle(*pair)[0] for pair in outputs} == set(range(10))
-    labels = {
-        long: [annotate.oracle(*p)[0] for p in outputs if (len(p[1].split()) > 9) == long] for long in (0, 1)
-    }
-    assert fmean(labels[1]) > fmean(labels[0]) + 1
+    short, long = ([p for p in outputs if (len(p[1].split()) > 9) == long] for long in (False, True))
+    assert fmean(annotate.oracle(*p)[0] for p in long) > fmean(annotate.oracle(*p)[0] for p in short) + 1
     assert {annotate.truth(text, annotate.written_answer(text, rng)) for text in candidates} == {9}
 
 
 # --- preference data -----------------------------------------------------------------------------
 
 OFF, ON = "allenai/tulu-3-sft-reused-off-policy-8b", "allenai/tulu-3-sft-reused-on-policy-8b"
-SIZES = {"judge_train": 50, "judge_validation": 1, "judge_test": 1, "policy_train": 9, "policy_test": 1}
+SIZES = dict(zip(annotate.SPLITS, (50, 1, 1, 9, 1)))
 
 
 def turns(*texts: Any) -> list[Any]:
@@ -175,13 +156,7 @@ def test_each_blemish_is_counted(line: Any, kept: Any, counted: str, tmp_path: P
 def test_held_out_instructions_have_two_candidates_and_no_split_shares_any(tmp_path: Path) -> None:
     rows = [row(f"q {i}", "a", "b" if i % 3 else "a") for i in range(60)]
     rows += [row(f"p {i}", "a", "b", ON) for i in range(9)] + [row(f"q {i} ", "c", "d", ON) for i in range(9)]
-    sizes = {
-        "judge_train": 40,
-        "judge_validation": 5,
-        "judge_test": 11,
-        "policy_train": 100,
-        "policy_test": 4,
-    }
+    sizes = dict(zip(annotate.SPLITS, (40, 5, 11, 100, 4)))
     instructions, candidates = read(tmp_path, rows, **sizes)
     # 56 of the 60 off-policy prompts are for the judges; with the other 4 there are 13 for the policies.
     assert Counter(r["split"] for r in instructions) == {**sizes, "policy_train": 9}
@@ -322,9 +297,7 @@ def test_one_bad_record_is_not_a_bad_server(tmp_path: Path, mode: str) -> None:
         bad = r["instruction"] == "Question 3?"
         assert (r["label"] is None) == bad and ("content filter" in str(r["cause"])) == bad
     counts = json.loads((tmp_path / "run/annotations/labels.json").read_text())
-    assert (
-        counts["label"]["None"] == 2 == sum(n for cause, n in counts["cause"].items() if "refused" in cause)
-    )
+    assert counts["label"]["None"] == 2 == sum(n for key, n in counts["cause"].items() if "refused" in key)
 
 
 @pytest.mark.parametrize(("mode", "calls"), [("refuse", 1), ("words", 1), ("cut", 2)])
@@ -351,12 +324,8 @@ def test_servers_that_differ_in_small_ways(tmp_path: Path, mode: str) -> None:
         assert (r["label"], r["reasoning"]) == (len(text) % 10, "Because.")
     assert {b.get("reasoning_effort") for b in bodies} == {None, "low"}
     assert ("max_completion_tokens" in bodies[-1]) == ("temperature" not in bodies[-1]) == (mode == "names")
-    assert [len(labels(tmp_path, name)) for name in ("labels", "labels-low", "rubrics", "pairs")] == [
-        16,
-        8,
-        12,
-        8,
-    ]
+    sizes = {"labels": 16, "labels-low": 8, "rubrics": 12, "pairs": 8}
+    assert {name: len(labels(tmp_path, name)) for name in sizes} == sizes
     assert all(r["rubric"] for r in labels(tmp_path, "rubrics"))
     assert {r["label"] for r in labels(tmp_path, "pairs")} <= {1, 2, None}
 
@@ -366,10 +335,9 @@ def test_a_busy_server_is_waited_for_and_a_dead_one_is_no_bad_record() -> None:
     with stub() as url:
         assert annotate.Endpoint(f"{url}/0/busy/v1", "secret", "gold").chat(ask, 4)[0] == "1"
         for mode, key, status in (("down", "secret", 500), ("gone", "secret", 404), ("ok", "wrong", 401)):
+            endpoint = annotate.Endpoint(f"{url}/0/{mode}/v1", key, "gold", 0)
             with pytest.raises(openai.APIStatusError) as end:
-                annotate.ask_gold(
-                    annotate.Endpoint(f"{url}/0/{mode}/v1", key, "gold", 0), ask, ".", 4, "none"
-                )
+                annotate.ask_gold(endpoint, ask, ".", 4, "none")
             assert end.value.status_code == status
 
 
@@ -428,162 +396,3 @@ def test_pairs_efforts_and_rubrics_by_the_oracle(tmp_path: Path, monkeypatch: An
         label = None if one == two else 1 if one > two else 2
         assert (r["label"], r["expected"]) == (label, label or 1.5) and (r["cause"] == "tie") == (one == two)
         assert (r["output"] != shown[r["id"].rsplit("-", 1)[0]]) == r["swapped"]
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("tail", "number"),
-    [(b"", 2), (b'{"id": 3}\n', 3), (b'{"id": 3}', 3), (b'{"id": "\xc3', 2), (b'{"id": 3', 2), (b"\n\n", 2)],
-)
-def test_a_reader_never_changes_a_file(tmp_path: Path, tail: bytes, number: int) -> None:
-    """Fault 1: a whole last line counts with or without its newline, half of one is left out."""
-    path, text = tmp_path / "x.jsonl", b'{"id": 1}\n{"id": 2}\n' + tail
-    path.write_bytes(text)
-    assert [r["id"] for r in annotate.read_jsonl(path, ["id"])] == [1, 2, 3][:number]
-    assert path.read_bytes() == text and annotate.read_jsonl(tmp_path / "none.jsonl") == []
-
-
-DAMAGES = [b"not json", b"[1]", b'{"a": 1}', b"{}", b"7", b"null", b'{"id": "\xe9"}', b"[" * 200_000]
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
-def test_other_damage_is_named(tmp_path: Path, capsys: Any, damage: bytes) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"id": 1}\n' + damage + b'\n{"id": 3}\n')
-    with pytest.raises(SystemExit):
-        annotate.read_jsonl(path, ["id"])
-    assert f"{path}, line 2" in capsys.readouterr().err
-
-
-def test_map_to_jsonl_resumes(tmp_path: Path) -> None:
-    """In the order of the tasks, each once; half a line of its own file is made again."""
-    path, seen = tmp_path / "x.jsonl", []
-
-    def work(task: int) -> dict[str, int]:
-        if task == 7 and len(seen) < 12:
-            raise RuntimeError("the server is gone")
-        seen.append(task)
-        return {"square": task * task}
-
-    tasks = {str(i): i for i in range(20)}
-    with pytest.raises(RuntimeError):
-        annotate.map_to_jsonl(path, tasks, work, "test", threads=2)
-    assert 0 < len(annotate.read_jsonl(path)) < 20
-    path.write_bytes(path.read_bytes() + b'{"id": "19", "squ')
-    seen += [-1] * 20
-    records = annotate.map_to_jsonl(path, tasks, work, "test", threads=2)
-    assert records == [{"id": str(i), "square": i * i} for i in range(20)]
-    assert sorted(r["id"] for r in annotate.read_jsonl(path)) == sorted(tasks)
-
-
-def test_only_where_all_is_refused_nothing_is_kept(tmp_path: Path, capsys: Any) -> None:
-    path, no = tmp_path / "x.jsonl", "refused (400): no"
-    some = {str(i): no if i == 2 else None for i in range(4)}
-    assert len(annotate.map_to_jsonl(path, some, lambda cause: {"cause": cause}, "test", 2)) == 4
-    with pytest.raises(SystemExit):
-        annotate.map_to_jsonl(path, {"8": 1, "9": 1}, lambda _: {"cause": no}, "test", 2)
-    assert no in capsys.readouterr().err
-    assert sorted(r["id"] for r in annotate.read_jsonl(path)) == ["0", "1", "2", "3"]
-
-
-HOLD = """
-import sys, time
-from importlib import import_module
-from pathlib import Path
-import_module("01_annotate").record_config(Path(sys.argv[1]), {"lr": 0.1})
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_folder_has_one_user_and_one_set_of_options(tmp_path: Path, capsys: Any) -> None:
-    """The second user is told so; kill -9 frees the folder; other options are refused once work began."""
-    options, folder = {"lr": 0.1, "threads": 8, "modules": ["a", "b"]}, tmp_path / "judge"
-    line = [sys.executable, "-c", HOLD, str(folder)]
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(SystemExit):
-            annotate.record_config(folder, options)
-        assert f"{folder} is in use" in capsys.readouterr().err
-        first.kill()
-    annotate.record_config(
-        folder, {**options, "modules": ("a", "b")}
-    )  # nothing is made yet: others may be used
-    assert annotate.read_options(folder) == options
-    (folder / "metrics.jsonl").touch()
-    annotate.record_config(folder, {**options, "threads": 9})
-    with pytest.raises(SystemExit):
-        annotate.record_config(folder, {**options, "lr": 0.2})
-    message = capsys.readouterr().err
-    assert "lr = 0.1" in message and "threads" not in message and str(folder) in message
-
-
-# --- options and the terminal --------------------------------------------------------------------
-
-
-def test_presets(tmp_path: Path) -> None:
-    """The command line goes before the preset, the preset before the laptop's values; a run remembers it."""
-    run, preset, _ = annotate.run_and_preset({"gpu": {"steps": 20, "gpus": "1"}, "node": {"steps": 30}})
-    app = typer.Typer(pretty_exceptions_enable=False)
-
-    def main(ctx: typer.Context, run, preset=None, steps: int = 10, gpus: str = "0") -> None:  # noqa: ANN001
-        print(ctx.params["preset"], steps, gpus)
-
-    main.__annotations__ |= {"run": run, "preset": preset}
-    app.command()(main)
-
-    def said(line: str) -> str:
-        return CliRunner().invoke(app, f"{line} --run {tmp_path}".split()).output
-
-    assert said("--preset laptop") == "laptop 10 0\n" and said("--preset gpu --steps 5") == "gpu 5 1\n"
-    assert "01_annotate.py" in said("")
-    annotate.write_json(tmp_path / "annotations" / "config.json", {"options": {"preset": "node"}})
-    assert said("--gpus 3") == "node 30 3\n" and said("--preset node") == "node 30 0\n"
-    assert "--preset node" in said("--preset gpu")
-
-
-@pytest.mark.parametrize(
-    ("mask", "gpus", "taken"), [("2,3", "0", "2"), ("GPU-ab, 7", "0,1", "GPU-ab,7"), ("", "1", "1")]
-)
-def test_gpus_are_counted_among_the_visible_ones(
-    monkeypatch: Any, mask: str, gpus: str, taken: str, capsys: Any
-) -> None:
-    """Fault 4: an entry of the mask that the job inherited. R2: a CUDA build without a GPU is not a CPU."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-    assert annotate.pick_gpus(gpus) == taken.split(",")
-    for wrong in ("2", "0,,1", "x", "-1"):
-        with pytest.raises(SystemExit):
-            annotate.pick_gpus(wrong)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(SystemExit):
-        annotate.pick_gpus("0")
-    assert "13.0" in capsys.readouterr().err
-
-
-TERMINAL = """
-import resource, sys
-from importlib import import_module
-stages = [import_module(name) for name in ("01_annotate", "02_train_judge", "03_rl")]
-slow = [name for name in ("torch", "openai", "vllm", "datasets") if name in sys.modules]
-app = stages[0].typer.Typer()
-@app.command()
-def main():
-    print("a \u2014 b", resource.getrlimit(resource.RLIMIT_NOFILE)[0], slow)
-stages[0].start(app)
-"""
-
-
-def test_a_poor_terminal_few_open_files_and_quick_help() -> None:
-    """Faults 13 and R3: a print ends no command, the limit of files is raised; help imports nothing slow."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-
-    def lower() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
-
-    how = {"env": {**os.environ, "PYTHONIOENCODING": "latin-1"}, "preexec_fn": lower, "cwd": ROOT}
-    result = subprocess.run([sys.executable, "-c", TERMINAL], capture_output=True, text=True, **how)
-    assert result.stdout == f"a ? b {most} []\n", result.stderr

@@ -42,7 +42,8 @@ def parse(line: str) -> None:
     for option in command.params:
         assert option.name in given or not option.required, f"{line}: needs --{option.name}"
         if option.name in given:
-            option.type_cast_value(context, given[option.name])
+            option.callback = None if option.is_eager else option.callback  # these read the run's folder
+            option.process_value(context, given[option.name])  # raises for a value of another type or range
 
 
 LINES = [(page, line) for page, text in PAGES.items() for line in command_lines(text)]

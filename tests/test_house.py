@@ -1,0 +1,213 @@
+"""The house: sizes and layout of the scripts, and what all stages share: files, options, the terminal."""
+
+import ast
+import json
+import os
+import resource
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from conftest import ROOT
+from typer.testing import CliRunner
+
+annotate = import_module("01_annotate")
+
+SCRIPTS = sorted(ROOT.glob("0*.py"))
+LIMITS = dict(zip(("01", "02", "03", "04", "05"), (800, 480, 540, 580, 580)))  # lines, as ruff formats them
+
+
+def test_the_scripts_can_be_read_in_an_afternoon() -> None:
+    lines = {path.name[:2]: len(path.read_text().splitlines()) for path in SCRIPTS}
+    assert lines.keys() == LIMITS.keys() and {k: n for k, n in lines.items() if n > LIMITS[k]} == {}
+    assert sum(lines.values()) <= 2900 and sum(path.stat().st_size for path in SCRIPTS) <= 145_000
+
+
+@pytest.mark.skipif(not find_spec("ruff"), reason="ruff is not installed")
+@pytest.mark.parametrize("rule", ["format --check", "check"])
+def test_ruff_finds_nothing(rule: str) -> None:
+    line = [sys.executable, "-m", "ruff", *rule.split(), "--no-cache", *SCRIPTS, "tests"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert not [path.name for path in SCRIPTS if "fmt: off" in path.read_text()]
+
+
+def test_both_stacks_hold_what_is_imported() -> None:
+    """Fault R1: what the scripts import from outside, and what converts the laptop's model (gguf)."""
+    imported = {"gguf", "ruff"}
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [n.name for n in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            imported |= {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    through = {"filelock", "numpy", "jinja2", "pandas", "safetensors", "huggingface_hub"}  # of those named
+    for name in ("requirements.txt", "requirements-cpu.txt"):
+        text = (ROOT / name).read_text()
+        assert {
+            p for p in imported - through if not any(line.startswith(p) for line in text.splitlines())
+        } == set()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tail", "number"),
+    [(b"", 2), (b'{"id": 3}\n', 3), (b'{"id": 3}', 3), (b'{"id": "\xc3', 2), (b'{"id": 3', 2), (b"\n\n", 2)],
+)
+def test_a_reader_never_changes_a_file(tmp_path: Path, tail: bytes, number: int) -> None:
+    """Fault 1: a whole last line counts with or without its newline, half of one is left out."""
+    path, text = tmp_path / "x.jsonl", b'{"id": 1}\n{"id": 2}\n' + tail
+    path.write_bytes(text)
+    assert [r["id"] for r in annotate.read_jsonl(path, ["id"])] == [1, 2, 3][:number]
+    assert path.read_bytes() == text and annotate.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+DAMAGES = [b"not json", b"[1]", b'{"a": 1}', b"{}", b"7", b"null", b'{"id": "\xe9"}', b"[" * 200_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
+def test_other_damage_is_named(tmp_path: Path, capsys: Any, damage: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"id": 1}\n' + damage + b'\n{"id": 3}\n')
+    with pytest.raises(SystemExit):
+        annotate.read_jsonl(path, ["id"])
+    assert f"{path}, line 2" in capsys.readouterr().err
+
+
+def test_map_to_jsonl_resumes(tmp_path: Path) -> None:
+    """In the order of the tasks, each once; half a line of its own file is made again."""
+    path, seen = tmp_path / "x.jsonl", []
+
+    def work(task: int) -> dict[str, int]:
+        if task == 7 and len(seen) < 12:
+            raise RuntimeError("the server is gone")
+        seen.append(task)
+        return {"square": task * task}
+
+    tasks = {str(i): i for i in range(20)}
+    with pytest.raises(RuntimeError):
+        annotate.map_to_jsonl(path, tasks, work, "test", threads=2)
+    assert 0 < len(annotate.read_jsonl(path)) < 20
+    path.write_bytes(path.read_bytes() + b'{"id": "19", "squ')
+    seen += [-1] * 20
+    records = annotate.map_to_jsonl(path, tasks, work, "test", threads=2)
+    assert records == [{"id": str(i), "square": i * i} for i in range(20)]
+    assert sorted(r["id"] for r in annotate.read_jsonl(path)) == sorted(tasks)
+
+
+def test_only_where_all_is_refused_nothing_is_kept(tmp_path: Path, capsys: Any) -> None:
+    path, no = tmp_path / "x.jsonl", "refused (400): no"
+    some = {str(i): no if i == 2 else None for i in range(4)}
+    assert len(annotate.map_to_jsonl(path, some, lambda cause: {"cause": cause}, "test", 2)) == 4
+    with pytest.raises(SystemExit):
+        annotate.map_to_jsonl(path, {"8": 1, "9": 1}, lambda _: {"cause": no}, "test", 2)
+    assert no in capsys.readouterr().err
+    assert sorted(r["id"] for r in annotate.read_jsonl(path)) == ["0", "1", "2", "3"]
+
+
+HOLD = """
+import sys, time
+from importlib import import_module
+from pathlib import Path
+import_module("01_annotate").record_config(Path(sys.argv[1]), {"lr": 0.1})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_user_and_one_set_of_options(tmp_path: Path, capsys: Any) -> None:
+    """The second user is told so; kill -9 frees the folder; other options are refused once work began."""
+    options, folder = {"lr": 0.1, "threads": 8, "modules": ["a", "b"]}, tmp_path / "judge"
+    line = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit):
+            annotate.record_config(folder, options)
+        assert f"{folder} is in use" in capsys.readouterr().err
+        first.kill()
+    annotate.record_config(
+        folder, {**options, "modules": ("a", "b")}
+    )  # nothing is made yet: others may be used
+    assert annotate.read_options(folder) == options
+    (folder / "metrics.jsonl").touch()
+    annotate.record_config(folder, {**options, "threads": 9})
+    with pytest.raises(SystemExit):
+        annotate.record_config(folder, {**options, "lr": 0.2})
+    message = capsys.readouterr().err
+    assert "lr = 0.1" in message and "threads" not in message and str(folder) in message
+
+
+# --- options and the terminal --------------------------------------------------------------------
+
+
+def test_presets(tmp_path: Path) -> None:
+    """The command line goes before the preset, the preset before the laptop's values; a run remembers it."""
+    run, preset, _ = annotate.run_and_preset({"gpu": {"steps": 20, "gpus": "1"}, "node": {"steps": 30}})
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    def main(ctx: typer.Context, run, preset=None, steps: int = 10, gpus: str = "0") -> None:  # noqa: ANN001
+        print(ctx.params["preset"], steps, gpus)
+
+    main.__annotations__ |= {"run": run, "preset": preset}
+    app.command()(main)
+
+    def said(line: str) -> str:
+        return CliRunner().invoke(app, f"{line} --run {tmp_path}".split()).output
+
+    assert said("--preset laptop") == "laptop 10 0\n" and said("--preset gpu --steps 5") == "gpu 5 1\n"
+    assert "01_annotate.py" in said("")
+    annotate.write_json(tmp_path / "annotations" / "config.json", {"options": {"preset": "node"}})
+    assert said("--gpus 3") == "node 30 3\n" and said("--preset node") == "node 30 0\n"
+    assert "--preset node" in said("--preset gpu")
+
+
+@pytest.mark.parametrize(
+    ("mask", "gpus", "taken"), [("2,3", "0", "2"), ("GPU-ab, 7", "0,1", "GPU-ab,7"), ("", "1", "1")]
+)
+def test_gpus_are_counted_among_the_visible_ones(
+    monkeypatch: Any, mask: str, gpus: str, taken: str, capsys: Any
+) -> None:
+    """Fault 4: an entry of the mask that the job inherited. R2: a CUDA build without a GPU is not a CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert annotate.pick_gpus(gpus) == taken.split(",")
+    for wrong in ("2", "0,,1", "x", "-1"):
+        with pytest.raises(SystemExit):
+            annotate.pick_gpus(wrong)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(SystemExit):
+        annotate.pick_gpus("0")
+    assert "13.0" in capsys.readouterr().err
+
+
+TERMINAL = """
+import resource, sys
+from importlib import import_module
+stages = [import_module(name) for name in ("01_annotate", "02_train_judge", "03_rl")]
+slow = [name for name in ("torch", "openai", "vllm", "datasets") if name in sys.modules]
+app = stages[0].typer.Typer()
+@app.command()
+def main():
+    print("a \u2014 b", resource.getrlimit(resource.RLIMIT_NOFILE)[0], slow)
+stages[0].start(app)
+"""
+
+
+def test_a_poor_terminal_few_open_files_and_quick_help() -> None:
+    """Faults 13 and R3: a print ends no command, the limit of files is raised; help imports nothing slow."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+
+    how = {"env": {**os.environ, "PYTHONIOENCODING": "latin-1"}, "preexec_fn": lower, "cwd": ROOT}
+    result = subprocess.run([sys.executable, "-c", TERMINAL], capture_output=True, text=True, **how)
+    assert result.stdout == f"a ? b {most} []\n", result.stderr
