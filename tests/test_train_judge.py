@@ -90,7 +90,7 @@ def test_expected_scores_and_ties(tokenizer: Any, capsys: pytest.CaptureFixture[
     assert "not constrained to the labels" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("character", ["9", "<", "\n", "\u202e", "\x00", "中"])
+@pytest.mark.parametrize("character", ["9", "\n", "\u202e"])
 def test_a_megabyte_of_one_character_is_an_invalid_judgement(tokenizer: Any, character: str) -> None:
     """Found out in seconds, and without asking a server."""
     judge = sft.Judge(SimpleNamespace(), tokenizer, None, reasoning=False, max_prompt=4096)
