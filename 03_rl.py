@@ -487,6 +487,7 @@ def report(folder: Path) -> None:
 # --- The commands ---------------------------------------------------------------------------------
 
 LARGE = {"group": 8, "lr": 2e-5, "minibatches": 4, "tokens_per_pass": 8192, "checkpoint_every": 50}
+LARGE |= {"std_floor": 0.1}
 JUDGE_PRESETS = {
     "gpu": {**LARGE, "steps": 100, "prompts": 64, "max_tokens": 4096, "threads": 256},
     "node": {**LARGE, "steps": 150, "prompts": 256, "max_tokens": 4096, "threads": 1024}
@@ -594,7 +595,7 @@ def train_policy(
     temperature: Temperature = 0.7,
     max_prompt: Annotated[int, Option(min=1, help="Longer prompts are left out. Paper: 2048.")] = 256,
     max_tokens: MaxTokens = 40,
-    std_floor: StdFloor = 0.1,
+    std_floor: StdFloor = 0.05,
     scale_std: ScaleStd = True,
     token_mean: TokenMean = False,
     clip_low: ClipLow = 0.2,

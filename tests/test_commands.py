@@ -1,36 +1,169 @@
 """The README's commands at their smallest, as a user runs them, on real servers and real training."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, command, descendants, living, processes_naming
+from conftest import ROOT, command, descendants, living
+from typer.testing import CliRunner
 
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 rl = import_module("03_rl")
 
 RUN = Path("runs/test-smallest")
-DATA = "--judge-train 6 --judge-validation 4 --judge-test 4 --policy-train 6 --policy-test 3 --outputs 2 --output-tokens 16"
-RL = "--steps 2 --prompts 2 --group 3 --minibatches 2"
-ONE = "--steps 1 --prompts 1 --group 2 --minibatches 1"
+SIZES = "--judge-train 6 --judge-validation 3 --judge-test 3 --policy-train 6 --policy-test 3 --outputs 2"
+RL = "--steps 2 --prompts 2 --group 3 --max-tokens 16 --checkpoint-every 1"
+ONE = "--steps 1 --prompts 1 --group 2 --minibatches 1 --max-tokens"
 COMMANDS = [
-    f"01_annotate.py --preset laptop --run {RUN} {DATA} --pairs --efforts low,high --rubrics",
+    f"01_annotate.py --preset laptop --run {RUN} {SIZES} --pairs --efforts low,high --rubrics",
     f"02_train_judge.py --preset laptop --run {RUN} --no-reasoning --epochs 2 --batch 12",
     f"02_train_judge.py --run {RUN} --reasoning --effort low --rubrics --epochs 1 --batch 12 --max-thinking 48",
     f"02_train_judge.py --run {RUN} --no-reasoning --pairwise --epochs 1 --batch 6",
-    f"03_rl.py judge --run {RUN} --judge reasoning-low-rubrics {ONE} --max-tokens 48",
-    f"03_rl.py policy --run {RUN} --judge direct {RL} --max-tokens 16 --checkpoint-every 1 --beta 0.01",
-    f"03_rl.py policy --run {RUN} --judge reasoning-low-rubrics {ONE} --max-tokens 16",
-    f"03_rl.py policy --run {RUN} --judge direct-pairwise {ONE} --max-tokens 16",
-    f"03_rl.py policy --run {RUN} --judge truth {ONE} --max-tokens 16",
+    f"03_rl.py judge --run {RUN} --judge reasoning-low-rubrics {ONE} 48",
+    f"03_rl.py policy --preset laptop --run {RUN} --judge direct {RL}",
+    f"03_rl.py policy --run {RUN} --judge reasoning-low-rubrics --beta 0.01 {ONE} 16",
+    f"03_rl.py policy --run {RUN} --judge direct-pairwise --opponents 2 {ONE} 16",
+    f"04_evaluate.py judges --run {RUN}",
+    f"04_evaluate.py gold --run {RUN}",
+    f"05_attack_analysis.py transfer --run {RUN}",
+    f"05_attack_analysis.py patterns --run {RUN}",
+    f"05_attack_analysis.py battery --run {RUN} --judge direct --limit 1 --attack refusal --attack top_digit",
 ]
+
+
+@pytest.fixture(scope="module")
+def finished() -> Iterator[list[Any]]:
+    """What became of all commands, one after the other."""
+    shutil.rmtree(RUN, ignore_errors=True)
+    yield [command(line) for line in COMMANDS]
+    shutil.rmtree(RUN, ignore_errors=True)
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)))
+def test_command(finished: list[Any], number: int) -> None:
+    result = finished[number]
+    assert result.returncode == 0, f"{COMMANDS[number]}\n{result.stdout}\n{result.stderr}"
+
+
+def test_every_record_once_and_whole(finished: list[Any]) -> None:
+    counts = {
+        "annotations/labels.jsonl": 24,
+        "policies/direct/metrics.jsonl": 2,
+        "policies/direct/rollouts.jsonl": 12,
+    }
+    for path in RUN.rglob("*.jsonl"):
+        records, name = annotate.read_jsonl(path), str(path.relative_to(RUN))
+        key = "step" if path.name == "metrics.jsonl" else "id"
+        assert len({r[key] for r in records}) == len(records) == counts.pop(name, len(records)) > 0, path
+    assert counts == {}
+
+
+def test_what_the_commands_left_behind(finished: list[Any]) -> None:
+    judges = {path.parent.name: json.loads(path.read_text()) for path in RUN.glob("judges/*/judge.json")}
+    rubrics = "reasoning-low-rubrics"
+    assert judges.keys() == {"direct-sft", f"{rubrics}-sft", f"{rubrics}-rl", "direct-pairwise-sft"}
+    assert judges["direct-pairwise-sft"]["pairwise"] and judges[f"{rubrics}-rl"]["rubrics"] is True
+    for name, judge in judges.items():
+        assert sft.find_judge(RUN, name)[1] == judge and (RUN / "judges" / name / judge["adapter"]).exists()
+    policies = {path.parent.name: json.loads(path.read_text()) for path in RUN.glob("policies/*/policy.json")}
+    used = {"direct": "direct-sft", rubrics: f"{rubrics}-rl", "direct-pairwise": "direct-pairwise-sft"}
+    assert {name: policy["judge"] for name, policy in policies.items()} == used
+    assert sorted(p.name for p in RUN.glob("policies/direct/checkpoints/*")) == ["step-000001", "step-000002"]
+    for path in RUN.glob("policies/*/metrics.jsonl"):
+        for m in annotate.read_jsonl(path):  # None where every advantage was zero
+            assert m["logprob_gap"] is None or m["logprob_gap"] < 1e-3, "trainer and sampler agree"
+    assert all(
+        r["cause"] is None and 0 <= r["label"] <= 9
+        for r in annotate.read_jsonl(RUN / "policies/direct/rollouts.jsonl")
+    )
+    assert not list(RUN.rglob("served")) and not list(RUN.rglob("*.part"))
+
+
+def snapshot() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in RUN.rglob("*") if p.is_file() and p.parent.name != "logs"}
+
+
+def test_a_second_time_there_is_nothing_to_do(finished: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And other options, or another preset, are refused; nothing is changed by either."""
+    before = snapshot()
+    monkeypatch.setattr(annotate, "serve", lambda *_, **__: pytest.fail("a server was started"))
+    for line in COMMANDS[:8]:
+        script, *words = line.split()
+        app = import_module(script.removesuffix(".py")).app
+        assert CliRunner().invoke(app, words).exit_code == 0, line
+        words = [*words, "--seed", "5"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 1 and "seed = 0" in result.stderr
+    result = CliRunner().invoke(rl.app, f"policy --preset gpu --run {RUN} --judge direct".split())
+    assert result.exit_code == 1 and "--preset laptop" in result.stderr
+    assert snapshot() == before
+
+
+def start(line: str, output: Path) -> subprocess.Popen[bytes]:
+    with output.open("wb") as log:
+        return subprocess.Popen([sys.executable, *line.split()], cwd=ROOT, stdout=log, stderr=log)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end and (process is None or process.poll() is None)
+        time.sleep(0.1)
+
+
+def test_killed_and_resumed(finished: list[Any], tmp_path: Path) -> None:
+    """kill -9 of a command with two ranks and two servers, then of another's server; no server is left, each
+    time the same command resumes, and the end is that of an uninterrupted run."""
+    line = COMMANDS[5].replace("--steps 2", "--steps 4 --name killed")
+    folder, log = RUN / "policies" / "killed", tmp_path / "log"
+    process = start(f"{line} --train-gpus 0,1 --policy-gpus 0,1", log)
+    wait_for(lambda: sft.latest_state(folder)[0] >= 1, process)
+    ours = descendants(process.pid)
+    assert len(ours) > 3
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(map(living, ours)))
+    done = sft.latest_state(folder)[0]
+    process = start(line, log)  # ranks and servers may change
+    wait_for(lambda: sft.latest_state(folder)[0] > done, process)
+    servers = [
+        pid for pid in descendants(process.pid) if b"--port" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    for pid in servers:
+        subprocess.run(["kill", "-9", str(pid)])
+    assert process.wait(timeout=120) == 1
+    text = log.read_text()
+    assert (
+        "Traceback" not in text
+        and "error: " in text
+        and "run the same command again" in text
+        and ".log" in text
+    )
+    result = command(line)
+    assert result.returncode == 0, result.stderr
+    metrics, instructions = (
+        annotate.read_jsonl(folder / "metrics.jsonl"),
+        annotate.read_jsonl(RUN / "annotations/instructions.jsonl"),
+    )
+    rows = [r for r in instructions if r["split"] == "policy_train"]
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3] and all(m["rollouts"] == 6 for m in metrics)
+    for m in metrics:
+        wanted = [row["id"] for row in rl.prompts_of_step(rows, m["step"], 2, 0)]
+        assert sorted(m["prompt_ids"]) == sorted(wanted) and (m["logprob_gap"] or 0) < 1e-3
+    records = annotate.read_jsonl(folder / "rollouts.jsonl")
+    assert len({r["id"] for r in records}) == len(records) == 24
+    state = torch.load(folder / "state-000004" / "optimizer.pt", weights_only=True)["state"]
+    assert {int(s["step"]) for s in state.values()} <= set(range(1, 9)), (
+        "two optimiser steps a step, less where all was flat"
+    )
+    assert len(list((folder / "checkpoints").iterdir())) == 4

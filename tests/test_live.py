@@ -1,4 +1,4 @@
-"""Against a live vLLM server: what the sampler says is what the trainer computes; doors are closed, none stays."""
+"""Against a live vLLM server: what the sampler says is what the trainer computes, and no server stays."""
 
 import os
 import signal
@@ -74,7 +74,7 @@ def test_a_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
 
 
 def test_what_makes_a_judgement_invalid(server: Any, tokenizer: Any) -> None:
-    """Thinking that never closes, a prompt over the server's context; and what a chat model says of its own."""
+    """Thinking that never closes, a prompt over the server's context; and what a chat model says."""
     thinker = sft.Judge(server, tokenizer, None, reasoning=True, max_thinking=8)
     verdict = sft.ask_judge(thinker, ASKED, "Rain falls.")
     assert (verdict["label"], verdict["expected"], verdict["cause"]) == (None, None, "thinking did not close")
@@ -135,7 +135,7 @@ def test_a_server_that_is_starting_ends_with_its_script(tmp_path: Path, number: 
     line = [sys.executable, "-c", HOLDER, str(tmp_path)]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline().startswith("starting")
-    time.sleep(4)
+    time.sleep(6)
     servers = descendants(process.pid)
     assert servers
     process.send_signal(number)
