@@ -938,7 +938,8 @@ class Endpoint:
         import openai
 
         try:
-            return 200 if all([c.with_options(max_retries=0).models.list().data for c in self.clients]) else 0
+            asked = [client.with_options(max_retries=0, timeout=60) for client in self.clients]
+            return 200 if all([client.models.list().data for client in asked]) else 0
         except openai.APIStatusError as error:
             return error.status_code
         except (openai.APIConnectionError, AttributeError):

@@ -582,9 +582,7 @@ def train_policy(
     judge: Annotated[str, Option(help="direct, reasoning, another folder of RUN/judges, gold, truth.")],
     preset: PolicyPreset = None,
     name: Name = "",
-    model: Annotated[
-        str, Option(help="Base model. Paper: Llama-3.1-8B and two more.")
-    ] = annotate.LAPTOP_MODEL,
+    model: Annotated[str, Option(help="Base model. Paper: Llama-3.1-8B, two more.")] = annotate.LAPTOP_MODEL,
     lora_rank: sft.LoraRank = 16,
     steps: Steps = 24,
     prompts: Prompts = 4,

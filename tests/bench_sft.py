@@ -4,10 +4,10 @@
     python tests/bench_sft.py --measure qwen3-4b    also a few packs of that shape (random weights), here
 
 For T tokens in one forward pass with gradient checkpointing and b bytes a weight (2 in bfloat16): N weights
-x b; P adapter weights x 16 (float32 weight, gradient, two Adam moments); the input of every layer, L T D b; one
-layer recomputed, with the float32 copies that peft makes of every adapted layer's input; logits, softmax and
-gradient, 12 bytes each. Time: 6 FLOPs for each weight of the layers and token (frozen weights have no gradient),
-12 L D for each pair of tokens in reach, at an assumed share of the GPU's peak.
+x b; P adapter weights x 16 (float32 weight, gradient, two Adam moments); the input of every layer, L T D b;
+one layer recomputed, with the float32 copies that peft makes of every adapted layer's input; logits,
+softmax and gradient, 12 bytes each. Time: 6 FLOPs for each weight of the layers and token (frozen weights
+have no gradient), 12 L D for each pair of tokens in reach, at an assumed share of the GPU's peak.
 """
 
 import random

