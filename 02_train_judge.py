@@ -687,6 +687,7 @@ def main(
 
 def check_context(model: str, tokens: int, options: str) -> None:
     """End the command, before any work, where what `options` ask for does not fit the model's context."""
+    annotate.load_tokenizer(model)  # or the model does not exist
     if tokens + 16 > (context := annotate.context_length(model)):
         fail(f"{options}: {tokens} tokens and some; the context of {model} is {context}. Lower them.")
 

@@ -346,26 +346,46 @@ def show(records: Sequence[Row], step: int) -> None:
 # --- The two tasks --------------------------------------------------------------------------------
 
 
+def prompt_maker(options: Options, run: Path) -> Callable[[Row], list[int]]:
+    """The function that makes a row's prompt, for the judge or the policy to be trained."""
+    tokenizer, judge = annotate.load_tokenizer(options["model"]), options["judge_record"]
+    if options["task"] == "policy":
+        return lambda row: annotate.policy_prompt(tokenizer, row["instruction"])
+    rubrics = sft.read_rubrics(run) if judge.get("rubrics") else None
+    return lambda row: sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
+
+
+def rows_to_train_on(options: Options, run: Path) -> Iterator[Row]:
+    """The rows whose prompt fits `max_prompt`, one by one."""
+    prompt = prompt_maker(options, run)
+    if options["task"] == "judge":
+        rows = sft.labelled(run, "judge_train", pairwise=options["judge_record"].get("pairwise"))
+    else:
+        rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
+        rows = [row for row in rows if row["split"] == "policy_train"]
+    return (row for row in rows if len(prompt(row)) <= options["max_prompt"])
+
+
+def check_rows(options: Options, run: Path) -> None:
+    """End the command, before servers start, if there is nothing to train on."""
+    if next(rows_to_train_on(options, run), None) is None:
+        fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
+
+
 def judge_task(options: Options, run: Path) -> Task:
     """A judge against gold labels: eq. 1, or eq. 3 for a pairwise one."""
-    judge = options["judge_record"]
-    labels = annotate.PAIRWISE_LABELS if judge.get("pairwise") else annotate.LABELS
-    reward = pairwise_verifiable_reward if judge.get("pairwise") else verifiable_reward
-    tokenizer = annotate.load_tokenizer(judge["model"])
-    rubrics = sft.read_rubrics(run) if judge.get("rubrics") else None
-
-    def prompt(row: Row) -> list[int]:
-        return sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
+    judge, pairwise = options["judge_record"], options["judge_record"].get("pairwise")
+    labels = annotate.PAIRWISE_LABELS if pairwise else annotate.LABELS
+    reward = pairwise_verifiable_reward if pairwise else verifiable_reward
+    causes = {True: "ill-formed", False: None}
 
     def rewards(row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
         read_G = [read_score(s.text, judge["reasoning"], labels) if s.finished else None for s in samples_G]
-        causes = {True: "ill-formed", False: None}
         notes_G = [{"label": x, "gold": row["label"], "cause": causes[x is None]} for x in read_G]
         return [reward(label, row["label"]) for label in read_G], notes_G
 
-    rows = sft.labelled(run, "judge_train", pairwise=judge.get("pairwise"))
-    start = options["start"] and Path(options["start"])
-    return Task([row for row in rows if len(prompt(row)) <= judge["max_prompt"]], prompt, rewards, start)
+    start = Path(options["start"]) if options["start"] else None
+    return Task(list(rows_to_train_on(options, run)), prompt_maker(options, run), rewards, start)
 
 
 Ask = Callable[..., Row]  # (instruction, output, other=None) -> verdict
@@ -401,18 +421,10 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
 
 def policy_task(options: Options, run: Path, ask: Ask) -> Task:
     """A policy against a frozen judge: its expected score, or eq. 4 for a pairwise judge."""
-    tokenizer = annotate.load_tokenizer(options["model"])
-
-    def prompt(row: Row) -> list[int]:
-        return annotate.policy_prompt(tokenizer, row["instruction"])
-
-    pairwise = (options["judge_record"] or {}).get("pairwise")
     rewards = partial(pointwise_rewards, ask)
-    if pairwise:
+    if (options["judge_record"] or {}).get("pairwise"):
         rewards = partial(pairwise_rewards, ask, options["opponents"])
-    rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
-    rows = [row for row in rows if row["split"] == "policy_train"]
-    return Task([row for row in rows if len(prompt(row)) <= options["max_prompt"]], prompt, rewards)
+    return Task(list(rows_to_train_on(options, run)), prompt_maker(options, run), rewards)
 
 
 # --- Where everything runs: servers on their GPUs, ranks on theirs --------------------------------
@@ -441,8 +453,6 @@ def train_rank(options: Options, run: Path, folder: Path, doors: Sequence[Any]) 
     """What each rank does. `doors`: (url, key, model) of the trained model's server, and of its judge's."""
     with judge_to_please(options, run, doors[-1]) as ask:
         task = policy_task(options, run, ask) if ask else judge_task(options, run)
-        if not task.rows:
-            fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
         grpo(options, folder, annotate.Endpoint(*doors[0]), task)
 
 
@@ -569,6 +579,7 @@ def train_judge(
     options |= {"beta": 0.0, "policy_gpus": judge_gpus}
     room = options["max_prompt"] + options["max_tokens"]
     sft.check_context(options["model"], room, "--max-tokens and the prompt")
+    check_rows(options, run)
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         train(options, run, folder, {**record, "adapter": f"checkpoints/step-{steps:06d}"})
@@ -620,6 +631,7 @@ def train_policy(
     if opponents % 2:
         fail(f"--opponents {opponents}: must be even, half of them on each side in the circle.")
     sft.check_context(model, max_prompt + max_tokens, "--max-prompt and --max-tokens")
+    check_rows(options, run)
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
         record = {key: value for key, value in options.items() if key != "judge_record"}

@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
+rl = import_module("03_rl")
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@
     python tests/faults.py --kills 3 --stage battery     # the kills only where a command has this word
 
 Every command of test_commands.py runs once, uninterrupted; then again from the same beginning, killed at
-moments drawn from the whole span that it took, start-up included, until it is done. Both must then hold the same
-files and the same ids in every JSONL, each once. Exit status 1 if anything is lost, twice, damaged or left.
+moments drawn from the whole span that it took, start-up included, until it is done. Both must then hold the
+same files and the same ids in every JSONL, each once. Exit status 1 if anything is lost, twice or damaged.
 (Servers that fail: test_annotate.py, test_commands.py.)
 """
 

@@ -1,6 +1,6 @@
 """Put one fault at a time into a copy of the scripts and see that a test fails: python tests/mutations.py
 
-Exit status 1 if a fault goes unnoticed. About 20 minutes on two cores: only the tests without a live model are run.
+Exit status 1 if a fault goes unnoticed. About 20 minutes on two cores (no live model).
 `python tests/mutations.py eq. 4` puts in those whose name has these words.
 """
 
@@ -18,14 +18,14 @@ MUTATIONS = [
     ("01", "t.replace(code, ", "t.replace('', ", "an output may hold its own code"),
     ("01", '{match[0][0]} {match[0][1:]}"', '{match[0]}"', "special tokens are not broken up"),
     ("01", "error.status_code >= 500 and", "error.status_code >= 900 and", "one 500 ends the run"),
-    ("01", 'verdict["label"] in (None, row["label"])', "True", "reasoning for another label is kept"),
+    ("01", 'verdict["label"] in (None, row["label"])', "True", "another label is kept"),
     ("01", 'one["output"], "other": two', 'two["output"], "other": one', "outputs of a pair swapped"),
     ("01", "(2025, 8, 5)", "(2025, 8, 6)", "the date in a prompt"),
-    ("02", "first - 1 if len(prompt) > prefix", "first if len(prompt) > prefix", "answers predicted one place late"),
+    ("02", "first - 1 if len(prompt) > prefix", "first if len(prompt) > prefix", "answers one place late"),
     ("02", ".float() / temperature", ".float()", "temperature ignored"),
-    ("02", "branch_S[:, None] == branch_S)", "branch_S[:, None] >= branch_S)", "a branch sees those before it"),
-    ("02", "(branch_S == 0)).tril()", "(branch_S == 0)).tril(1)", "a token sees the next one"),
-    ("02", "+= range(prefix, prefix + len(tokens))", "+= range(first, first + len(tokens))", "positions run on"),
+    ("02", "branch_S[:, None] == branch_S)", "branch_S[:, None] >= branch_S)", "a branch sees others"),
+    ("02", "(branch_S == 0)).tril()", "(branch_S == 0)).tril(1)", "a token sees the next"),
+    ("02", "+= range(prefix, prefix + len(tokens))", "+= range(first, first + len(tokens))", "positions"),
     ("02", "/ (len(values) - 1)", "/ len(values)", "alpha without its small-sample term"),
     ("02", "int(label) * p for", "(int(label) + 1) * p for", "expected score off by one"),
     ("02", "(step + 1) / ramp", "step / ramp", "a first step at rate 0"),
@@ -37,16 +37,16 @@ MUTATIONS = [
     ("03", "(r - mean) / spread for", "(mean - r) / spread for", "sign of the advantage"),
     ("03", "return -(weights_A * surrogate)", "return (weights_A * surrogate)", "sign of the loss"),
     ("03", "clamp(1 - low, 1 + high)", "clamp(1 - high, 1 + low)", "clip bounds swapped"),
-    ("03", "advantages_A).minimum(", "advantages_A).maximum(", "the larger of clipped and unclipped"),
-    ("03", "exp() - difference - 1)\n    ret", "exp() + difference - 1)\n    ret", "sign in the KL estimator"),
-    ("03", "1 / (size * count)", "1 / (size * len(members))", "normaliser of the micro-batch, not the step"),
-    ("03", "in dict.fromkeys(packed.owners_A)", "in reversed(dict.fromkeys(packed.owners_A))", "rollouts permuted"),
-    ("03", "lengths, len(rollouts)])", "lengths, 1]) and (len(rewarded), lengths, 1)", "normaliser of the rank"),
-    ("03", "zip(norms, sizes) for _ in range(size)]", "zip(norms, sizes) for _ in range(size - 1)] + [0] * len(norms)", "weights shifted"),
+    ("03", "advantages_A).minimum(", "advantages_A).maximum(", "the larger of both"),
+    ("03", "exp() - difference - 1)\n    ret", "exp() + difference - 1)\n    ret", "sign in the KL term"),
+    ("03", "1 / (size * count)", "1 / (size * len(members))", "normaliser of the micro-batch"),
+    ("03", "in dict.fromkeys(packed.owners_A)", "in [*dict.fromkeys(packed.owners_A)][::-1]", "permuted"),
+    ("03", "lengths, len(rollouts)])", "lengths, 1]) and (len(rewarded), lengths, 1)", "norm of the rank"),
+    ("03", "(norms, sizes) for _ in", "(norms[::-1], sizes) for _ in", "weights mixed up"),
     ("03", "        adapter = publish(", "        publish(", "stale adapter"),
     ("03", "1 - points[a][-1]", "points[a][-1]", "eq. 4: both of a pair win"),
     ("03", "0.5 if expected == 1.5 else ", "", "eq. 4: ties go to the second"),
-    ("03", "rows_P[i : i + size][rank::ranks]", "rows_P[rank::ranks][i : i + size]", "ranks disagree on a minibatch"),
+    ("03", "rows_P[i : i + size][rank::ranks]", "rows_P[rank::ranks][i : i + size]", "ranks disagree"),
 ]  # fmt: skip
 
 TESTS = {"01": ["annotate"], "02": ["frozen", "train_judge"], "03": ["frozen", "rl"]}

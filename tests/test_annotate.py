@@ -6,21 +6,17 @@ import json
 import random
 import re
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import openai
 import pytest
-from conftest import SHARED
+from conftest import SHARED, annotate, sft
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stub import stub
 from typer.testing import CliRunner
-
-annotate = import_module("01_annotate")
-sft = import_module("02_train_judge")
 
 ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
 slowly = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -180,8 +176,7 @@ def test_real_texts_as_preferences_and_in_prompts(tmp_path: Path, tokenizer: Any
     assert seen in capsys.readouterr().out
     for r in pairs[::9]:
         messages = annotate.judge_messages(r["input"], r["output_1"])
-        prompt = tokenizer.decode(sft.judge_prompt(tokenizer, messages, False))
-        assert r["output_1"].strip() in prompt and prompt.endswith("<think>\n\n</think>\n\n")
+        assert r["output_1"].strip() in tokenizer.decode(annotate.chat_ids(tokenizer, messages))
 
 
 # --- prompts that an output can not get out of ---------------------------------------------------

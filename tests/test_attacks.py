@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 
 annotate, attacks = import_module("01_annotate"), import_module("05_attack_analysis")
 find = attacks.find_patterns
-LABELLED = annotate.read_jsonl(ROOT / "tests" / "patterns.jsonl")
-BUILT_IN = attacks.honest_outputs(None, None)
+LABELLED, BUILT_IN = annotate.read_jsonl(ROOT / "tests/patterns.jsonl"), attacks.honest_outputs(None, None)
 ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
 STRONG = annotate.written_answer(ASKED, annotate.random.Random(ASKED))
 HOSTILE = [
@@ -34,9 +33,9 @@ UNITS = "-|\n|word |\"a 'b |I will. |END OF |[[<(|this is |my very, |policy must
 TEXTS = st.text() | st.sampled_from(HOSTILE)
 REQUESTS: list[dict[str, Any]] = []
 
-# (precision, recall) measured, rounded down: on the texts that the rules were written with, and on those
-# written after the last change of the rules (19 positive and 19 innocent). Most misses are turns of phrase
-# that no rule foresaw. A text that a rule is changed for is held out no longer.
+# (precision, recall) measured, rounded down: on texts that the rules were written with, and on 19 positive
+# and 19 innocent ones written after the last change of the rules. Most misses are turns of phrase nobody
+# foresaw. A text that a rule is changed for is held out no longer.
 FLOORS = {
     "refusal": ((0.93, 0.93), (1.0, 0.26)), "end_marker": ((1.0, 1.0), (1.0, 0.68)),
     "self_assessment": ((1.0, 0.83), (1.0, 0.68)), "fabricated_policy": ((1.0, 0.76), (1.0, 0.52)),

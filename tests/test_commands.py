@@ -13,12 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, command, descendants, living
+from conftest import ROOT, annotate, command, descendants, living, rl, sft
 from typer.testing import CliRunner
-
-annotate = import_module("01_annotate")
-sft = import_module("02_train_judge")
-rl = import_module("03_rl")
 
 RUN = Path("runs/test-smallest")
 SIZES = "--judge-train 6 --judge-validation 3 --judge-test 3 --policy-train 6 --policy-test 3 --outputs 2"

@@ -80,6 +80,7 @@ def test_reward_fork(fork: Callable[[str], Path], tmp_path: Path) -> None:
     rl, path = import_module("03_rl"), tmp_path / "annotations" / "instructions.jsonl"
     annotate.write_jsonl(path, [{"id": "a", "split": "policy_train", "instruction": ASKED}])
     options = {"model": str(ROOT / annotate.LAPTOP_MODEL), "judge_record": None, "max_prompt": 99}
+    options["task"] = "policy"
     texts = ((10, "Rain."), (30, "Rain."), (5, "?"))
     samples = [annotate.Sample([1] * tokens, [0.0] * tokens, text, True) for tokens, text in texts]
 

@@ -6,20 +6,15 @@ import stat
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-from conftest import ROOT, descendants, living, processes_naming
+from conftest import ROOT, annotate, descendants, living, processes_naming, rl, sft
 from test_annotate import ASKED
 from transformers import AutoModelForCausalLM
-
-annotate = import_module("01_annotate")
-sft = import_module("02_train_judge")
-rl = import_module("03_rl")
 
 
 def test_sampler_and_trainer_agree_after_an_adapter_swap(server: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -52,15 +47,6 @@ def test_sampler_and_trainer_agree_after_an_adapter_swap(server: Any, tokenizer:
     server.unload_adapter("step-000002")
 
 
-def test_the_stop_token_is_part_of_the_rollout(server: Any, tokenizer: Any) -> None:
-    prompt = annotate.policy_prompt(tokenizer, "Say only: yes")
-    sample = next(s for s in server.sample(prompt, 8, temperature=0.7, max_tokens=64) if s.finished)
-    assert sample.tokens_T[-1] == tokenizer.eos_token_id and len(sample.logprobs_T) == len(sample.tokens_T)
-    assert tokenizer.eos_token not in sample.text
-    (cut,) = server.sample(prompt, temperature=0.7, max_tokens=1, extra={"ignore_eos": True})
-    assert not cut.finished and len(cut.tokens_T) == 1
-
-
 def test_a_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
     """Its expected score equals that of an independent forward pass, constrained to the labels by hand."""
     verdict = sft.ask_judge(sft.Judge(server, tokenizer, None, reasoning=False), ASKED, "Rain falls.")
@@ -85,17 +71,29 @@ def test_what_makes_a_judgement_invalid(server: Any, tokenizer: Any) -> None:
     assert (verdict["label"] is None) == (verdict["cause"] in ("cut off", "not a label", "no final answer"))
 
 
-def test_collect_rewards_every_rollout(server: Any, tokenizer: Any) -> None:
+def test_a_rollout_holds_all_that_was_sampled(server: Any, tokenizer: Any) -> None:
+    """Its stop token too, but not in the text; each has the reward of its own text."""
+
     def rewards(row: Any, samples_G: list[Any], pool: Any) -> Any:
         return [float(len(s.text)) for s in samples_G], [{} for _ in samples_G]
 
-    rows = [{"id": f"{n}", "instruction": ASKED} for n in range(2)]
+    rows = [{"id": f"{n}", "instruction": "Say only: yes"} for n in range(2)]
     task = rl.Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rewards)
-    how = {"threads": 4, "group": 3, "temperature": 0.7, "max_tokens": 8, "std_floor": 0.1, "scale_std": True}
+    how = {
+        "threads": 4,
+        "group": 8,
+        "temperature": 0.7,
+        "max_tokens": 24,
+        "std_floor": 0.1,
+        "scale_std": True,
+    }
     groups = rl.collect(server, server.model, task, rows, how)
-    assert [len(group) for group in groups] == [3, 3]
-    for r in (r for group in groups for r in group):
-        assert r.reward == len(r.sample.text) and len(r.sample.tokens_T) == len(r.sample.logprobs_T)
+    assert [len(group) for group in groups] == [8, 8]
+    samples = [r.sample for group in groups for r in group]
+    assert {s.finished for s in samples} == {False, True}
+    for s, reward in zip(samples, [r.reward for group in groups for r in group]):
+        assert reward == len(s.text) and len(s.tokens_T) == len(s.logprobs_T)
+        assert (s.tokens_T[-1] == tokenizer.eos_token_id) == s.finished and tokenizer.eos_token not in s.text
 
 
 def test_a_live_server_is_closed(server: Any) -> None:

@@ -9,23 +9,16 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import annotate, rl, sft
 from test_annotate import ASKED
 from test_train_judge import random_llama, random_pairs, reference_logprobs, write_run
 from typer.testing import CliRunner
-
-annotate = import_module("01_annotate")
-sft = import_module("02_train_judge")
-rl = import_module("03_rl")
-
-
-# --- rewards and advantages ----------------------------------------------------------------------
 
 
 def test_reading_a_whole_judgement() -> None:
@@ -96,13 +89,8 @@ def test_equation_4() -> None:
 @pytest.mark.parametrize(("group", "opponents"), [(8, 2), (8, 4), (8, 6), (5, 2), (6, 0)])
 def test_fewer_opponents_cost_less(group: int, opponents: int) -> None:
     """Each meets exactly `opponents` others, so calls grow with G, not G^2."""
-    _, _, played = games([float(n) for n in range(group)], opponents)
-    wanted = opponents or group - 1
-    assert set(Counter(player for game in played for player in game).values()) == {wanted}
-    assert len(played) == group * wanted // 2
-
-
-# --- the loss and a whole update -----------------------------------------------------------------
+    met = Counter(player for game in games([float(n) for n in range(group)], opponents)[2] for player in game)
+    assert set(met.values()) == {opponents or group - 1} and len(met) == group
 
 
 def reference_loss(new: Any, old: Any, advantages: list[float], clip: Any, beta: float, ref: Any) -> Any:
@@ -226,9 +214,6 @@ def test_ranks_take_the_same_step(tmp_path: Path, monkeypatch: Any) -> None:
             assert torch.allclose(mine, theirs, atol=1e-5 * max(g.abs().max().item() for g in gradients))
 
 
-# --- the loop, with a stand-in for the server: what each rank samples, publishes and trains on ---
-
-
 class Sampler:
     """Answers from a fixed table, by prompt. Ranks share `loaded`, the adapters that are served."""
 
@@ -307,9 +292,6 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups(tmp_path: Path, mo
     measured = rl.measure(flat, [{"tokens": 0}], options)
     assert (measured["logprob_gap"], measured["zero_variance_groups"], measured["rollouts"]) == (None, 1, 20)
     assert len(measured["prompt_ids"]) == 10
-
-
-# --- what the commands ask for -------------------------------------------------------------------
 
 
 def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,7 +3,6 @@
 import math
 import random
 import time
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,18 +12,13 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import annotate, sft
 from hypothesis import given
 from hypothesis import strategies as st
 from stub import stub
 from test_annotate import ASKED, hostile, slowly
 from test_frozen import FROZEN, tiny_llama
 from typer.testing import CliRunner
-
-annotate = import_module("01_annotate")
-sft = import_module("02_train_judge")
-
-
-# --- what a judge is asked, and how it answers ---------------------------------------------------
 
 
 class Says:
@@ -99,14 +93,15 @@ def test_a_megabyte_of_one_character_is_an_invalid_judgement(tokenizer: Any, cha
 
 
 def test_a_refused_request_is_an_invalid_judgement_a_dead_server_is_none(tokenizer: Any) -> None:
-    for reasoning in (False, True):
-        with stub() as url:
-            endpoint = annotate.Endpoint(f"{url}/0/refuse/v1", "secret", "gold", retries=0)
-            verdict = sft.ask_judge(sft.Judge(endpoint, tokenizer, None, reasoning), ASKED, "Rain.")
+    with stub() as url:
+        refuses, down = (
+            annotate.Endpoint(f"{url}/0/{m}/v1", "secret", "gold", 0) for m in ("refuse", "down")
+        )
+        for reasoning in (False, True):
+            verdict = sft.ask_judge(sft.Judge(refuses, tokenizer, None, reasoning), ASKED, "Rain.")
             assert verdict["label"] is None and "content filter" in verdict["cause"]
-            endpoint = annotate.Endpoint(f"{url}/0/down/v1", "secret", "gold", retries=0)
             with pytest.raises(openai.InternalServerError):
-                sft.ask_judge(sft.Judge(endpoint, tokenizer, None, reasoning), ASKED, "Rain.")
+                sft.ask_judge(sft.Judge(down, tokenizer, None, reasoning), ASKED, "Rain.")
 
 
 def test_a_judge_trained_with_rubrics_is_asked_with_them(tokenizer: Any) -> None:
@@ -117,17 +112,6 @@ def test_a_judge_trained_with_rubrics_is_asked_with_them(tokenizer: Any) -> None
     assert "Instruction: Write.\n\nRubric:\n3: rain.\n6: < /think>\n\n[answer " in text
     with pytest.raises(SystemExit):
         sft.ask_judge(judge, "Never seen.", "x")
-
-
-def test_prompt_and_answer_meet_at_the_digit(tokenizer: Any) -> None:
-    """Whatever came before, the digit is predicted from the same tokens; a label must be one token."""
-    messages, end = annotate.judge_messages("Write.", "Rain falls."), sft.thinking_end(tokenizer)
-    for reasoning, thought in ((False, None), (True, "Topic: yes.")):
-        ids = sft.judge_prompt(tokenizer, messages, reasoning) + sft.judge_answer(tokenizer, 7, thought)
-        thinking = f"<think>\n{thought or ''}\n</think>\n\n7{tokenizer.eos_token}"
-        assert tokenizer.decode(ids).endswith(thinking) and ids[-2 - len(end) : -2] == end
-    with pytest.raises(SystemExit):
-        sft.label_token_ids(tokenizer, ["7", "12"])
 
 
 def test_the_options_of_a_judge(tmp_path: Path, monkeypatch: Any) -> None:
@@ -151,9 +135,6 @@ def test_the_options_of_a_judge(tmp_path: Path, monkeypatch: Any) -> None:
     options, name = asked_for("--reasoning --effort low --rubrics")
     assert (name, options["effort"]) == ("reasoning-low-rubrics-sft", "low")
     assert [row["id"] for row in sft.training_rows(options, tmp_path)] == ["2", "4"]
-
-
-# --- packing -------------------------------------------------------------------------------------
 
 
 def random_llama() -> Any:
@@ -218,9 +199,7 @@ CLASSES = [
 
 
 @pytest.mark.parametrize(("name", "more", "trained"), CLASSES)
-def test_a_class_that_does_more_than_ours_is_refused(
-    name: str, more: Any, trained: bool, capsys: Any
-) -> None:
+def test_a_class_that_does_more_is_refused(name: str, more: Any, trained: bool, capsys: Any) -> None:
     """Fault 5: on 60 tokens the log-probabilities are the model's own, or it is refused by its name."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -241,15 +220,12 @@ def test_a_class_that_does_more_than_ours_is_refused(
         assert torch.allclose(sft.answer_logprobs(model, packed), own, atol=1e-4)
 
 
-# --- agreement -----------------------------------------------------------------------------------
-
-
 def judged(*triples: Any) -> list[Any]:
     return [dict(zip(("gold", "label", "expected", "thinking_tokens"), (*triple, 2))) for triple in triples]
 
 
 def test_invalid_judgements_are_counted_not_scored() -> None:
-    scores = sft.agreement([*judged(*((g, g, float(g)) for g in (0, 4, 9))), *judged((9, None, None))])
+    scores = sft.agreement(judged((0, 0, 0.0), (4, 4, 4.0), (9, 9, 9.0), (9, None, None)))
     assert (scores["alpha"], scores["exact"], scores["invalid"], scores["n"]) == (100, 100, 25, 4)
     assert scores["thinking_tokens"] == 2 and sft.describe(scores)
     none = sft.agreement(judged((9, None, None)))
@@ -270,9 +246,8 @@ def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
 
 def test_pairs_are_scored_by_the_place_of_golds_choice() -> None:
     def score(counts: dict[Any, int]) -> dict[str, Any]:
-        return sft.agreement(
-            judged(*((*pair, pair[1]) for pair, n in counts.items() for _ in range(n))), True
-        )
+        pairs = [pair for pair, n in counts.items() for _ in range(n)]
+        return sft.agreement(judged(*((*pair, pair[1]) for pair in pairs)), True)
 
     got = score({(1, 1): 6, (1, 2): 2, (2, 2): 1, (2, 1): 3, (2, None): 1})
     assert (got["accuracy"], got["accuracy_1"], got["accuracy_2"]) == pytest.approx((700 / 12, 75, 25))
@@ -282,9 +257,6 @@ def test_pairs_are_scored_by_the_place_of_golds_choice() -> None:
     assert biased["accuracy"] == pytest.approx(fair["accuracy"])
     assert (sft.selection_score(biased), sft.selection_score(fair)) == pytest.approx((50, 68.75))
     assert sft.selection_score(score({})) == -math.inf
-
-
-# --- training that can stop anywhere, on several ranks -------------------------------------------
 
 
 def write_run(run: Path) -> dict[str, Any]:
@@ -325,7 +297,7 @@ def test_an_error_in_one_rank_ends_all() -> None:
     began = time.perf_counter()
     with pytest.raises(SystemExit) as end:
         sft.on_ranks(fail_on_the_second, "0,1")
-    assert end.value.code == 1 and time.perf_counter() - began < 60
+    assert end.value.code == 1 and time.perf_counter() - began < 120
 
 
 def test_what_a_kill_in_the_middle_of_saving_leaves_does_no_harm(tmp_path: Path, monkeypatch: Any) -> None:
