@@ -1,43 +1,34 @@
 """Common kinds of bad input end a command with a line or two that name them, before any work."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command
+from conftest import annotate, command, rl, sft
 from stub import stub
 from test_annotate import OFF, ON, row
 from typer.testing import CliRunner
 
-STAGES = {"01": "01_annotate", "02": "02_train_judge", "03": "03_rl"}
-annotate, sft, rl = (import_module(name) for name in STAGES.values())
-
-MODEL = annotate.LAPTOP_MODEL
+STAGES = {"01": annotate, "02": sft, "03": rl}
+MODEL, EPOCH = annotate.LAPTOP_MODEL, "judges/direct-sft/epoch-1"
+LABELS, JUDGE_FILE = "annotations/labels.jsonl", "judges/direct-sft/judge.json"
 LABEL = {
     "id": "a",
     "split": "judge_train",
     "instruction": "Say hi.",
     "output": "Hi.",
     "label": 7,
-    "reasoning": "Good.",
+    "reasoning": "",
 }
 JUDGE = {"model": MODEL, "reasoning": False, "lora_rank": 16, "lora_modules": ["q_proj"], "max_thinking": 8}
-JUDGE |= {"temperature": 0.0, "max_prompt": 512, "adapter": "epoch-1"}
-EPOCH = "judges/direct-sft/epoch-1"
+GOLD = {"preset": "laptop", "gold": "oracle", "gold_url": "", "gold_effort": "none"}
 FILES = {
-    "annotations/config.json": {
-        "options": {"preset": "laptop", "gold": "oracle", "gold_url": "", "gold_effort": "none"}
-    },
+    "annotations/config.json": {"options": GOLD},
     "annotations/labels.json": {},
-    "annotations/labels.jsonl": [
-        LABEL,
-        {**LABEL, "id": "b"},
-        {**LABEL, "id": "c", "split": "judge_validation"},
-    ],
+    LABELS: [LABEL, {**LABEL, "id": "b"}, {**LABEL, "id": "c", "split": "judge_validation"}],
     "annotations/instructions.jsonl": [{"id": "e", "split": "policy_train", "instruction": "Say yes."}],
-    "judges/direct-sft/judge.json": JUDGE,
+    JUDGE_FILE: {**JUDGE, "temperature": 0.0, "max_prompt": 512, "adapter": "epoch-1"},
     f"{EPOCH}/adapter_config.json": {"base_model_name_or_path": MODEL, "r": 16},
     f"{EPOCH}/adapter_model.safetensors": b"",
     "rows.jsonl": [row(f"Question {n}?", "A", "B", OFF if n < 9 else ON) for n in range(12)],
@@ -45,11 +36,15 @@ FILES = {
 
 
 def write(run: Path, files: dict[str, Any]) -> None:
+    """Files as bytes, a list of records, or JSON; None: such a file is removed."""
     for name, content in files.items():
         path = run / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record) + "\n" for record in content) if isinstance(content, list) else ""
-        path.write_bytes(content if isinstance(content, bytes) else (lines or json.dumps(content)).encode())
+        records = content if isinstance(content, list) else [content]
+        text = "" if isinstance(content, bytes) else "".join(json.dumps(record) + "\n" for record in records)
+        path.write_bytes(content if isinstance(content, bytes) else text.encode())
+        if content is None:
+            path.unlink()
 
 
 NEW = "01 --preset laptop --run {run}/new"
@@ -58,9 +53,8 @@ CHAT = f"{NEW} {SMALL} --data {{run}}/rows.jsonl --gold-url {{url}}/0/ok/v1"
 DIRECT = "02 --run {run} --no-reasoning --name other"
 JUDGED = "03 judge --run {run} --judge direct"
 PLEASE = "03 policy --run {run} --judge direct --name other"
-OTHER_GOLD = {"annotations/config.json": {"options": {"preset": "laptop", "gold": "m", "gold_url": ""}}}
+OTHER_GOLD = {"annotations/config.json": {"options": {**GOLD, "gold": "m"}}}
 OTHER_BASE = {f"{EPOCH}/adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen3-4B", "r": 16}}
-LABELS, JUDGE_FILE = "annotations/labels.jsonl", "judges/direct-sft/judge.json"
 CASES: list[tuple[str, dict[str, Any], str]] = [
     # (command, files that are other than in FILES, words of the error; "key" is the key for the server)
     # a missing stage, or part of one
@@ -116,17 +110,12 @@ def url() -> Any:
 
 def invoke(line: str, run: Path, url: str, files: dict[str, Any], patch: pytest.MonkeyPatch) -> Any:
     """What a command says to `files`, in this process, with servers, models and requests forbidden."""
-    write(
-        run,
-        FILES | {name: content for name, content in files.items() if content is not None and name != "key"},
-    )
-    for name in (name for name, content in files.items() if content is None):
-        (run / name).unlink()
+    write(run, FILES | {name: content for name, content in files.items() if name != "key"})
     patch.setenv("GOLD_API_KEY", files.get("key", "secret"))
     for module, name in ((annotate, "serve"), (annotate, "map_to_jsonl"), (sft, "load_model")):
         patch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
     stage, *words = line.format(run=run, url=url).split()
-    return CliRunner().invoke(import_module(STAGES[stage]).app, words)
+    return CliRunner().invoke(STAGES[stage].app, words)
 
 
 @pytest.mark.parametrize(("line", "files", "words"), CASES)
@@ -136,17 +125,10 @@ def test_bad_input(line: str, files: Any, words: str, tmp_path: Path, url: str, 
     text = " ".join(result.stderr.replace("│", " ").split())
     assert all(word in text for word in words.split("|")), text
     assert len(text) < 800 and len(result.stderr.splitlines()) < 8, text
-    made = (
-        {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-        - FILES.keys()
-        - files.keys()
-    )
-    assert {Path(name).name for name in made} <= {
-        "config.json",
-        ".lock",
-        "instructions.jsonl",
-        "outputs.jsonl",
+    made = {path for path in tmp_path.rglob("*") if path.is_file()} - {
+        tmp_path / name for name in {**FILES, **files}
     }
+    assert {path.name for path in made} <= {"config.json", ".lock", "instructions.jsonl", "outputs.jsonl"}
 
 
 @pytest.mark.parametrize("line", [CHAT, DIRECT, JUDGED, PLEASE])
@@ -159,10 +141,10 @@ def test_good_input_gets_to_work(line: str, tmp_path: Path, url: str, monkeypatc
 
 def test_as_a_user_sees_it(tmp_path: Path) -> None:
     """Exit status, one line, no traceback; R17: a policy that can not be loaded costs nothing."""
-    for line, words in (
-        ("01_annotate.py --preset laptop --policy-model no/such", "no/such"),
-        ("03_rl.py policy --judge direct", "01_annotate.py"),
+    for line in (
+        "01_annotate.py --preset laptop --policy-model 01_annotate.py",
+        "03_rl.py policy --judge direct",
     ):
         result = command(f"{line} --run {tmp_path}/new")
-        assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
+        assert result.returncode == 1 and "01_annotate.py" in result.stderr and result.stderr.count("\n") == 1
         assert not (tmp_path / "new").exists()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,14 +19,15 @@ RUN = Path("runs/test-smallest")
 SIZES = "--judge-train 6 --judge-validation 3 --judge-test 3 --policy-train 6 --policy-test 3 --outputs 2"
 RL = "--steps 2 --prompts 2 --group 3 --max-tokens 16 --checkpoint-every 1"
 ONE = "--steps 1 --prompts 1 --group 2 --minibatches 1 --max-tokens"
+NAME = "reasoning-low-rubrics"
 COMMANDS = [
     f"01_annotate.py --preset laptop --run {RUN} {SIZES} --pairs --efforts low,high --rubrics",
     f"02_train_judge.py --preset laptop --run {RUN} --no-reasoning --epochs 2 --batch 12",
-    f"02_train_judge.py --run {RUN} --reasoning --effort low --rubrics --epochs 1 --batch 12 --max-thinking 48",
+    f"02_train_judge.py --run {RUN} --reasoning --effort low --rubrics --epochs 1 --max-thinking 48",
     f"02_train_judge.py --run {RUN} --no-reasoning --pairwise --epochs 1 --batch 6",
-    f"03_rl.py judge --run {RUN} --judge reasoning-low-rubrics {ONE} 48",
+    f"03_rl.py judge --run {RUN} --judge {NAME} {ONE} 48",
     f"03_rl.py policy --preset laptop --run {RUN} --judge direct {RL}",
-    f"03_rl.py policy --run {RUN} --judge reasoning-low-rubrics --beta 0.01 {ONE} 16",
+    f"03_rl.py policy --run {RUN} --judge {NAME} --beta 0.01 {ONE} 16",
     f"03_rl.py policy --run {RUN} --judge direct-pairwise --opponents 2 {ONE} 16",
     f"04_evaluate.py judges --run {RUN}",
     f"04_evaluate.py gold --run {RUN}",
@@ -51,38 +51,28 @@ def test_command(finished: list[Any], number: int) -> None:
     assert result.returncode == 0, f"{COMMANDS[number]}\n{result.stdout}\n{result.stderr}"
 
 
-def test_every_record_once_and_whole(finished: list[Any]) -> None:
+def test_what_the_commands_left_behind(finished: list[Any]) -> None:
     counts = {
         "annotations/labels.jsonl": 24,
         "policies/direct/metrics.jsonl": 2,
         "policies/direct/rollouts.jsonl": 12,
     }
-    for path in RUN.rglob("*.jsonl"):
+    for path in (
+        path for part in ("annotations", "judges", "policies") for path in (RUN / part).rglob("*.jsonl")
+    ):
         records, name = annotate.read_jsonl(path), str(path.relative_to(RUN))
         key = "step" if path.name == "metrics.jsonl" else "id"
-        assert len({r[key] for r in records}) == len(records) == counts.pop(name, len(records)) > 0, path
-    assert counts == {}
-
-
-def test_what_the_commands_left_behind(finished: list[Any]) -> None:
-    judges = {path.parent.name: json.loads(path.read_text()) for path in RUN.glob("judges/*/judge.json")}
-    rubrics = "reasoning-low-rubrics"
-    assert judges.keys() == {"direct-sft", f"{rubrics}-sft", f"{rubrics}-rl", "direct-pairwise-sft"}
-    assert judges["direct-pairwise-sft"]["pairwise"] and judges[f"{rubrics}-rl"]["rubrics"] is True
-    for name, judge in judges.items():
-        assert sft.find_judge(RUN, name)[1] == judge and (RUN / "judges" / name / judge["adapter"]).exists()
+        assert len({r[key] for r in records}) == len(records) == counts.get(name, len(records)) > 0, path
+        for r in records if path.name == "metrics.jsonl" and "policies" in name else ():
+            assert (r["logprob_gap"] or 0) < 1e-3, "trainer and sampler agree; None: every advantage was zero"
+    for name in ("direct-sft", f"{NAME}-sft", f"{NAME}-rl", "direct-pairwise-sft"):
+        folder, judge = sft.find_judge(RUN, name)
+        assert (folder / judge["adapter"]).exists() and judge["rubrics"] == (NAME in name)
+    used = {"direct": "direct-sft", NAME: f"{NAME}-rl", "direct-pairwise": "direct-pairwise-sft"}
     policies = {path.parent.name: json.loads(path.read_text()) for path in RUN.glob("policies/*/policy.json")}
-    used = {"direct": "direct-sft", rubrics: f"{rubrics}-rl", "direct-pairwise": "direct-pairwise-sft"}
     assert {name: policy["judge"] for name, policy in policies.items()} == used
-    assert sorted(p.name for p in RUN.glob("policies/direct/checkpoints/*")) == ["step-000001", "step-000002"]
-    for path in RUN.glob("policies/*/metrics.jsonl"):
-        for m in annotate.read_jsonl(path):  # None where every advantage was zero
-            assert m["logprob_gap"] is None or m["logprob_gap"] < 1e-3, "trainer and sampler agree"
-    assert all(
-        r["cause"] is None and 0 <= r["label"] <= 9
-        for r in annotate.read_jsonl(RUN / "policies/direct/rollouts.jsonl")
-    )
-    assert not list(RUN.rglob("served")) and not list(RUN.rglob("*.part"))
+    assert len(list(RUN.glob("policies/direct/checkpoints/step-00000[12]/adapter_model.safetensors"))) == 2
+    assert not [path for name in ("served", "*.part", "unfinished") for path in RUN.rglob(name)]
 
 
 def snapshot() -> dict[str, bytes]:
@@ -111,55 +101,48 @@ def start(line: str, output: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end and (process is None or process.poll() is None)
         time.sleep(0.1)
 
 
 def test_killed_and_resumed(finished: list[Any], tmp_path: Path) -> None:
-    """kill -9 of a command with two ranks and two servers, then of another's server; no server is left, each
-    time the same command resumes, and the end is that of an uninterrupted run."""
+    """kill -9 of a command with two ranks and two servers; then of another's server. No process is left, the
+    same command resumes each time, and the end is that of an uninterrupted run."""
     line = COMMANDS[5].replace("--steps 2", "--steps 4 --name killed")
     folder, log = RUN / "policies" / "killed", tmp_path / "log"
     process = start(f"{line} --train-gpus 0,1 --policy-gpus 0,1", log)
     wait_for(lambda: sft.latest_state(folder)[0] >= 1, process)
     ours = descendants(process.pid)
     assert len(ours) > 3
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     wait_for(lambda: not any(map(living, ours)))
-    done = sft.latest_state(folder)[0]
-    process = start(line, log)  # ranks and servers may change
+    done, process = sft.latest_state(folder)[0], start(line, log)  # the number of ranks may change
     wait_for(lambda: sft.latest_state(folder)[0] > done, process)
-    servers = [
-        pid for pid in descendants(process.pid) if b"--port" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    for pid in servers:
-        subprocess.run(["kill", "-9", str(pid)])
-    assert process.wait(timeout=120) == 1
+    for pid in descendants(process.pid):
+        if b"--port" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            subprocess.run(["kill", "-9", str(pid)])
+    assert process.wait(timeout=600) == 1
     text = log.read_text()
     assert (
         "Traceback" not in text
-        and "error: " in text
-        and "run the same command again" in text
+        and "run the same command again" in text.split("error: ")[1]
         and ".log" in text
     )
     result = command(line)
     assert result.returncode == 0, result.stderr
-    metrics, instructions = (
-        annotate.read_jsonl(folder / "metrics.jsonl"),
-        annotate.read_jsonl(RUN / "annotations/instructions.jsonl"),
-    )
-    rows = [r for r in instructions if r["split"] == "policy_train"]
-    assert [m["step"] for m in metrics] == [0, 1, 2, 3] and all(m["rollouts"] == 6 for m in metrics)
+    metrics = annotate.read_jsonl(folder / "metrics.jsonl")
+    rows = [
+        r for r in annotate.read_jsonl(RUN / "annotations/instructions.jsonl") if r["split"] == "policy_train"
+    ]
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     for m in metrics:
-        wanted = [row["id"] for row in rl.prompts_of_step(rows, m["step"], 2, 0)]
-        assert sorted(m["prompt_ids"]) == sorted(wanted) and (m["logprob_gap"] or 0) < 1e-3
+        assert sorted(m["prompt_ids"]) == sorted(r["id"] for r in rl.prompts_of_step(rows, m["step"], 2, 0))
+        assert m["rollouts"] == 6 and (m["logprob_gap"] or 0) < 1e-3
     records = annotate.read_jsonl(folder / "rollouts.jsonl")
     assert len({r["id"] for r in records}) == len(records) == 24
     state = torch.load(folder / "state-000004" / "optimizer.pt", weights_only=True)["state"]
-    assert {int(s["step"]) for s in state.values()} <= set(range(1, 9)), (
-        "two optimiser steps a step, less where all was flat"
-    )
+    assert {int(s["step"]) for s in state.values()} <= set(range(1, 9)), "at most two optimiser steps a step"
     assert len(list((folder / "checkpoints").iterdir())) == 4

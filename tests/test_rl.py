@@ -302,6 +302,7 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     limits = {"max_thinking": 50, "temperature": 0.5, "max_prompt": 300}
     judge = {**lora, **limits, "model": model, "reasoning": True, "adapter": "epoch-1", "effort": "low"}
     annotate.write_json(tmp_path / "judges/mine-sft/judge.json", judge)
+    monkeypatch.setattr(rl, "check_rows", lambda *_: None)
     monkeypatch.setattr(rl, "train", lambda *arguments: found.append(arguments))
 
     def asked_for(line: str) -> tuple[Any, ...]:
