@@ -52,9 +52,7 @@ def test_oracle(output: str, passes: str, evidence: list[str]) -> None:
         assert annotate.oracle(ASKED, output, effort) == (totals[-1], reasoning)
     late = "so " * annotate.SKIM + output
     assert annotate.oracle(ASKED, late)[0] == totals[-1]
-    assert annotate.oracle(ASKED, late, "low")[0] == points[2] + annotate.POINTS["I"], (
-        "it reads on no further"
-    )
+    assert annotate.oracle(ASKED, late, "low")[0] == points[2] + annotate.POINTS["I"], "no further"
 
 
 WORDS = ["rain", "Rain,", "SOFT", "I", "I'm", "sentence", "(Sentence)", "sentences", "one-sentence", "?", "."]

@@ -57,9 +57,8 @@ def test_what_the_commands_left_behind(finished: list[Any]) -> None:
         "policies/direct/metrics.jsonl": 2,
         "policies/direct/rollouts.jsonl": 12,
     }
-    for path in (
-        path for part in ("annotations", "judges", "policies") for path in (RUN / part).rglob("*.jsonl")
-    ):
+    parts = ("annotations", "judges", "policies")
+    for path in (path for part in parts for path in (RUN / part).rglob("*.jsonl")):
         records, name = annotate.read_jsonl(path), str(path.relative_to(RUN))
         key = "step" if path.name == "metrics.jsonl" else "id"
         assert len({r[key] for r in records}) == len(records) == counts.get(name, len(records)) > 0, path
@@ -126,11 +125,8 @@ def test_killed_and_resumed(finished: list[Any], tmp_path: Path) -> None:
             subprocess.run(["kill", "-9", str(pid)])
     assert process.wait(timeout=600) == 1
     text = log.read_text()
-    assert (
-        "Traceback" not in text
-        and "run the same command again" in text.split("error: ")[1]
-        and ".log" in text
-    )
+    error = text.split("error: ")[1]
+    assert "Traceback" not in text and "run the same command again" in error and ".log" in error
     result = command(line)
     assert result.returncode == 0, result.stderr
     metrics = annotate.read_jsonl(folder / "metrics.jsonl")

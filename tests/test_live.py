@@ -23,10 +23,8 @@ def test_sampler_and_trainer_agree_after_an_adapter_swap(server: Any, tokenizer:
     prompt, before = annotate.policy_prompt(tokenizer, ASKED), None
 
     def gap(samples: list[Any], temperature: float) -> float:
-        sampled, packs = (
-            [x for s in samples for x in s.logprobs_T],
-            sft.pack([(prompt, s.tokens_T) for s in samples], 512),
-        )
+        sampled = [x for s in samples for x in s.logprobs_T]
+        packs = sft.pack([(prompt, s.tokens_T) for s in samples], 512)
         with torch.no_grad():
             mine = torch.cat([sft.answer_logprobs(model, packed, temperature) for packed in packs])
         return (mine.cpu() - torch.tensor(sampled)).abs().max().item()

@@ -25,13 +25,11 @@ def test_reading_a_whole_judgement() -> None:
     """The digit stands right after the first end of the thinking, and alone."""
     assert rl.read_score("thought\n</think>\n\n7", True) == 7 == rl.read_score("7", False)
     assert rl.read_score("</think>\n\n0", True) == 0 and rl.read_score("</think>\n\n2", True, "12") == 2
-    ill_formed = (
-        "7|a</think>\n\n12|a</think>\n7|a</think>\n\n7 good|a</think>\n\n٧|a</think>\n\n|a</think>\n\n-1"
-    )
-    for text in [*ill_formed.split("|"), "", "a</think>\n\n7</think>\n\n9"]:
+    for ending in ("12", "7 good", "٧", "", "-1", "7</think>\n\n9", " 7"):
+        assert rl.read_score(f"a</think>\n\n{ending}", True) is rl.read_score(ending, False) is None
+    for text in ("7", "a</think>\n7", ""):
         assert rl.read_score(text, True) is None
-        assert rl.read_score(text.removeprefix("a</think>\n\n"), False) in (None, 7 if text == "7" else None)
-    assert rl.read_score("</think>\n\n3", True, "12") is None and rl.read_score(" 7", False) is None
+    assert rl.read_score("</think>\n\n3", True, "12") is None
 
 
 def test_advantages() -> None:

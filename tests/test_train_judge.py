@@ -47,9 +47,7 @@ class Says:
 
 @given(output=hostile, thinking=hostile, label=st.integers(0, 9), closes=st.booleans())
 @slowly
-def test_the_label_is_read_from_the_judges_own_place(
-    tokenizer: Any, output: str, thinking: str, label: int, closes: bool
-) -> None:
+def test_the_place_of_the_label(tokenizer: Any, output: str, thinking: str, label: int, closes: bool) -> None:
     """Neither output nor thinking gives the label: only the token after the thinking's own end does."""
     chances = [0.9 if n == label else 0.1 / 9 for n in range(10)]
     thinking = thinking.encode(errors="replace").decode().replace("</think>", "") + "</think>" * closes
@@ -94,9 +92,7 @@ def test_a_megabyte_of_one_character_is_an_invalid_judgement(tokenizer: Any, cha
 
 def test_a_refused_request_is_an_invalid_judgement_a_dead_server_is_none(tokenizer: Any) -> None:
     with stub() as url:
-        refuses, down = (
-            annotate.Endpoint(f"{url}/0/{m}/v1", "secret", "gold", 0) for m in ("refuse", "down")
-        )
+        refuses, down = (annotate.Endpoint(f"{url}/0/{m}/v1", "secret", "", 0) for m in ("refuse", "down"))
         for reasoning in (False, True):
             verdict = sft.ask_judge(sft.Judge(refuses, tokenizer, None, reasoning), ASKED, "Rain.")
             assert verdict["label"] is None and "content filter" in verdict["cause"]
