@@ -496,6 +496,8 @@ def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], ar
     try:
         work(*arguments)
     except openai.APIError as error:
+        if not address:  # `start` says it, and names the log
+            raise
         fail(f"{error.request.url}: {error} To resume, run the same command again.")
 
 
