@@ -106,6 +106,7 @@ def test_a_live_server_is_closed(server: Any) -> None:
     assert listening == {"0100007F"} and len(server.key) > 20
     assert not processes_naming(server.key) and server.key not in repr(server)
     assert all(stat.S_IMODE(Path(f"/proc/{pid}/environ").stat().st_mode) == 0o400 for pid in ours)
+    assert b"_START_DATE=2025-08-05" in Path(f"/proc/{leader}/environ").read_bytes()  # R12, gpt-oss's
     with pytest.raises(openai.AuthenticationError):
         annotate.Endpoint(server.url, "wrong", server.model).sample([1, 2], max_tokens=1)
 
