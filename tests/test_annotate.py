@@ -27,7 +27,6 @@ with_shared_data = pytest.mark.skipif(not SHARED.exists(), reason="shared data n
 
 
 ORACLE = [
-    # (output, which of the five checks it passes, the evidence quoted)
     ("The soft rain falls.", "11110", ["'rain falls.'", "'soft rain'", "'falls.'", "none", "none"]),
     ("Soft rain. A sentence!", "11111", ["'rain. A'", "'Soft rain.'", "'sentence!'", "none", "'sentence!'"]),
     ("Rain! I like it soft", "11000", ["'Rain! I'", "'soft'", "'soft'", "'I like'", "none"]),
@@ -114,9 +113,7 @@ BLEMISHES = [
     (row("persona", "a", "b", "allenai/tulu-3-persona-if"), ["a", "b"], USED),
     (row("without turn", turns("", "a")[1:], turns("", "b")[1:]), ["a", "b"], USED),
     (row("twice", turns("twice")[:1] + turns("twice\n", "a"), "b"), ["a", "b"], USED),
-    (row("same", "a", "a"), ["a"], USED),
     (row("one empty", " \n", "b"), ["b"], USED),
-    (row("one is None", None, "b"), ["b"], USED),
     (row("no chat", [], "b"), ["b"], USED),
     (row("one too long", "a", "b" * 51), ["a"], USED),
     (row("turns", turns("turns", "x", "more", "a"), turns("else", "b")), None, NOT_SINGLE),

@@ -5,10 +5,10 @@ import inspect
 import json
 import math
 import random
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,23 +24,20 @@ from typer.testing import CliRunner
 def test_reading_a_whole_judgement() -> None:
     """The digit stands right after the first end of the thinking, and alone."""
     assert rl.read_score("thought\n</think>\n\n7", True) == 7 == rl.read_score("7", False)
-    assert rl.read_score("</think>\n\n0", True) == 0 and rl.read_score("</think>\n\n2", True, "12") == 2
+    assert rl.read_score("</think>\n\n2", True, "12") == 2
     for ending in ("12", "7 good", "٧", "", "-1", "7</think>\n\n9", " 7"):
         assert rl.read_score(f"a</think>\n\n{ending}", True) is rl.read_score(ending, False) is None
-    for text in ("7", "a</think>\n7", ""):
-        assert rl.read_score(text, True) is None
-    assert rl.read_score("</think>\n\n3", True, "12") is None
+    for text, labels in (("7", "7"), ("a</think>\n7", "7"), ("", "7"), ("</think>\n\n3", "12")):
+        assert rl.read_score(text, True, labels) is None
 
 
 def test_advantages() -> None:
     rewards = torch.tensor([1.0, 2.0, 6.0, 3.0])
     expected = (rewards - rewards.mean()) / rewards.std(correction=0)
     assert rl.group_advantages(rewards.tolist(), 0.1) == pytest.approx(expected.tolist())
-    centred = (rewards - rewards.mean()).tolist()
-    assert rl.group_advantages(rewards.tolist(), 0.1, scale=False) == pytest.approx(centred)
+    assert rl.group_advantages(rewards.tolist(), 0.1, scale=False) == (rewards - rewards.mean()).tolist()
     assert rl.group_advantages([6.00, 6.02], 0.1) == pytest.approx([-0.1, 0.1]), "the floor is in points"
-    assert rl.group_advantages([4.0, 4.0], 0.0) == [0, 0]
-    assert rl.group_advantages([1.0, None, 3.0], 0.1) == pytest.approx([-1, 0, 1])
+    assert rl.group_advantages([4.0, None, 4.0], 0.0) == [0, 0, 0]
 
 
 def test_pointwise_rewards_stay_with_their_rollouts() -> None:
@@ -216,7 +213,7 @@ class Sampler:
     """Answers from a fixed table, by prompt. Ranks share `loaded`, the adapters that are served."""
 
     def __init__(self, loaded: Path) -> None:
-        self.loaded, self.asked, self.lock = loaded, [], threading.Lock()
+        self.loaded, self.asked = loaded, []
         loaded.mkdir(exist_ok=True)
 
     def load_adapter(self, name: str, path: Path) -> None:
@@ -228,8 +225,7 @@ class Sampler:
 
     def sample(self, prompt: list[int], n: int, model: str, **_: Any) -> Any:
         assert (self.loaded / model).exists(), "sampled from an adapter that is not served any more"
-        with self.lock:
-            self.asked.append((model, prompt[-1]))
+        self.asked.append((model, prompt[-1]))
         tokens = [[(7 * prompt[-1] + 3 * k + i) % 90 for i in range(1 + k % 3)] for k in range(n)]
         return [annotate.Sample(t, [-4.5] * len(t), f"{k}", True) for k, t in enumerate(tokens)]
 
@@ -241,14 +237,21 @@ LOOP |= {**OPTIONS, "lr": 1e-3, "prompts": 3, "group": 3, "minibatches": 2, "che
 def loop(folder: Path, options: dict[str, Any]) -> None:
     rl.fail = lambda message: None  # the stand-in's log-probabilities are not the model's
     rows = [{"id": str(n), "instruction": "x"} for n in range(5)]
+    update, minibatches, sampler = rl.update, [], Sampler(folder / "loaded")
 
     def rewards(row: Any, samples_G: Any, pool: Any) -> Any:
         rewards_G = [float(s.text) if row["id"] != "4" else None for s in samples_G]
         return rewards_G, [{"cause": None} for _ in rewards_G]
 
-    sampler = Sampler(folder / "loaded")
+    def recorded(model: Any, optimizer: Any, groups: Any, *more: Any) -> Any:
+        minibatches.append([int(group[0].row["id"]) for group in groups])
+        return update(model, optimizer, groups, *more)
+
+    rl.update = recorded
     rl.grpo(options, folder, sampler, rl.Task(rows, lambda row: [1, 2, int(row["id"])], rewards))
-    annotate.write_json(folder / f"asked-{sft.rank_and_size()[0]}-{time.time()}.json", sampler.asked)
+    rl.update = update
+    name = f"asked-{sft.rank_and_size()[0]}-{options['steps']}.json"
+    annotate.write_json(folder / name, [sampler.asked, minibatches])
 
 
 @pytest.mark.parametrize("gpus", ["0", "0,1"])
@@ -263,17 +266,19 @@ def test_the_loop(tmp_path: Path, gpus: str, monkeypatch: pytest.MonkeyPatch) ->
     metrics = annotate.read_jsonl(tmp_path / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2] and all(m["rollouts"] == 9 for m in metrics)
     wanted = [rl.prompts_of_step(range(5), step, 3, 0) for step in range(3)]
-    asked = [pair for path in tmp_path.glob("asked-*.json") for pair in json.loads(path.read_text())]
     for step, numbers in enumerate(wanted):
-        assert sorted(metrics[step]["prompt_ids"]) == sorted(map(str, numbers))
-        assert sorted(n for model, n in asked if model == f"step-{step:06d}") == sorted(numbers)
+        found = [json.loads(p.read_text()) for p in tmp_path.glob(f"asked-*-{max(2, step + 1)}.json")]
+        asked = [number for pairs, _ in found for model, number in pairs if model == f"step-{step:06d}"]
+        assert sorted(map(int, metrics[step]["prompt_ids"])) == sorted(asked) == sorted(numbers)
+        parts = [minibatches[2 * (step % 2) :][:2] for _, minibatches in found]  # two a step
+        assert [sorted(chain(*part)) for part in zip(*parts)] == [sorted(numbers[:2]), numbers[2:]]
     records = annotate.read_jsonl(tmp_path / "rollouts.jsonl")
     assert len({r["id"] for r in records}) == len(records) == 27
-    for r in records:
-        assert r["reward"] == (None if r["prompt_id"] == "4" else float(r["completion"]))
-    groups = [[r for r in records if r["step"] == 0 and r["prompt_id"] == str(n)] for n in wanted[0]]
-    for group in groups:
-        advantages = rl.group_advantages([r["reward"] for r in group], 0.1)
+    for n in wanted[0]:
+        group = [r for r in records if r["step"] == 0 and r["prompt_id"] == str(n)]
+        rewards = [None if n == 4 else float(r["completion"]) for r in group]
+        assert [r["reward"] for r in group] == rewards and len(group) == 3
+        advantages = rl.group_advantages(rewards, 0.1)
         assert [r["advantage"] for r in group] == pytest.approx(advantages, abs=1e-4)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert sft.latest_state(tmp_path)[0] == 3
@@ -288,8 +293,8 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups(tmp_path: Path, mo
     assert len({r["id"] for r in records}) == len(records) == 20
     flat = [{**r, "reward": 5.0, "advantage": 0.0} for r in records]
     measured = rl.measure(flat, [{"tokens": 0}], options)
-    assert (measured["logprob_gap"], measured["zero_variance_groups"], measured["rollouts"]) == (None, 1, 20)
-    assert len(measured["prompt_ids"]) == 10
+    assert (measured["logprob_gap"], measured["zero_variance_groups"]) == (None, 1)
+    assert measured["rollouts"] == 20 == 2 * len(measured["prompt_ids"])
 
 
 def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
@@ -315,8 +320,8 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     assert (options["model"], options["max_tokens"], options["beta"]) == (model, 96, 0)
     assert "mine-rl" in asked_for("policy --judge mine --name two"), "begun and not finished: which is meant?"
     options, _, folder, record, *_ = asked_for("judge --judge mine --from base")
-    assert (options["start"], options["model"], folder.name) == ("", model, "mine-base-rl")
-    assert record["lora_rank"] == 8 and record["effort"] == "low"
+    assert (options["start"], options["model"], record["effort"]) == ("", model, "low")
+    assert folder.name == "mine-base-rl" and record["lora_rank"] == 8
     options, *_ = asked_for("judge --judge direct --from base")
     assert options["model"] == annotate.LAPTOP_MODEL and not options["judge_record"]["reasoning"]
     assert "beta" not in inspect.signature(rl.train_judge).parameters
