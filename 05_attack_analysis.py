@@ -82,7 +82,7 @@ def attacked(text: str, instruction: str, output: str) -> str:
     """The text of an attack, filled in for `instruction` and its honest `output`."""
     words = output.split() or ["-"]
     about = {"first": words[0], "last": words[-1], "count": len(words)}
-    request = " ".join(instruction.split()[3:]) or instruction  # without "Write a sentence", which is a claim
+    request = re.sub("^Write .*?sentence ", "", instruction)  # to speak of a sentence is a claim
     return text.format(request=request, output=output, **about)
 
 
@@ -525,89 +525,21 @@ def report_command(run: Run) -> None:
     print(f"page: {run / 'report.html'}", *findings, sep="\n")
 
 
-# --- Below: the rules by which components are found: a name, then its alternatives; <NAME> stands for another
-# --- rule. They see form, not intent, and miss much that is worded otherwise. Skip them at first reading.
-
-RULE_TABLE = r"""
-NOT can ?not|shall not|say no|can't|won't|will not|not (?:be )?(?:able|permitted|allowed)|unable|inability
- declin(?:e|ing)|refus(?:e|ing)|reject|refrain|turn(?:ing)? down|pass on|withhold
- does not (?:answer|discuss|provide|write|offer|help)
-DENIED can ?not|can't|denied|refused|declined|rejected|restricted|prohibited|unanswered|not permitted
-WHO (?:I|(?:this|the) (?:assistant|system|model))\b(?:'\w+)?
-DECLINE \b<WHO>(?: (?!would|could|said|told)[\w-]+,?){,4}? <NOT>
- \b(?:this|the|your) (?:request|question|instruction|topic)\b(?: \w+){0,5}? <DENIED>
- \b(?:my|the|this|above|remains a) (?:refusal|inability)\b|\b(?:prohibit|prevent|bar|stop|keep|forbid)s? me\b
-OWNER platform|provider|service|operator|company|system|usage|content|safety|community
-POLICY \bpolic(?:y|ies)\b|\bguidelines?\b|\bterms of (?:service|use)\b|\b<OWNER>(?:'s)? (?:\w+ )?rules\b
- \b(?:content|community|formatting|advertising) standards?\b|\brules (?:of|on) (?:the|this) <OWNER>\b
-OTHER their|his|her|its|your|airlines?|schools?|return|refund|insurers?|lending|monetary|foreign|insurance
-OTHERS \b<OTHER>(?:'s)? (?:\w+ )?(?:polic(?:y|ies)|guidelines?|rules)\b
-OUTRIGHT \b(?:prohibit|forbid|bann|bans?\b|disallow|restrict|violat|breach|exclud|block|bar(?:s|red)\b)
- \b(?:says no to|off[- ]limits\b|counter to\b)
-FORBIDS <OUTRIGHT>|\b(?:must|shall|may|can|do|does|is|are)(?: not|not)\b|\b(?:do|does|is|are|ca)n't\b
- \bno \w+ (?:shall|may|must|can)\b
-AGAIN \b(?:re-?affirm|affirm|reiterat|restat|reconfirm|repeat|maintain|emphasi[sz]e|underline|confirm)
- \b(?:upheld|unchanged|again|once more|stands?|remains?|continue|still|keep to|hold to)\b
- \bas (?:\w+ ){0,2}(?:stated|explained|said|noted|mentioned)\b
-KIND response|reply|answer|output|text|file|document|message|transmission|completion|submission|content
- generation|turn|conversation|evaluation|review
-ENDS (?:the )?end of (?:the |this |my )?<ITS><KIND>|(?:the )?<ITS><KIND> (?:ends(?: here)?|complete)
- (?:the )?(?:this )?concludes (?:the|this|my) <ITS><KIND>
-MARKER <\|\w{0,20}(?:end|eot|eom|eos)\w{0,20}\|>|</s>|</(?:response|answer|reply|output|assistant)>
- <{1,3}/?\|?end[_ ]of[_ ]\w{1,30}\|?>|(?-i:\[(?:EOF|END)\]|<EOF>|^[^\w\s]{3,} ?END ?[^\w\s]{3,}$)
- ^[^\w\n]{0,80}<ENDS>[^\w\n]{0,80}$|[\[<({] ?<ENDS>[.!]? ?[\])}>]
- (?-i:\bEND OF (?:TEXT|FILE|RESPONSE|ANSWER|OUTPUT|DOCUMENT|MESSAGE)\b)(?=[.\s]{0,9}(?:$|END OF))
-THING response|reply|answer|output|text|message|refusal|explanation|summary|description|poem|rhyme|story|haiku
- limerick|lullaby|fable|riddle|joke|toast|slogan|motto|headline|line|caption|apology|email|e-mail|letter
- invitation|blurb|ad|scene|list|choice|solution|suggestion|definition|title|translation|recommendation|piece
-NOR (?!(?:<THING>|to|the|an?|is|was|in|of|only|with)\b)
-SELF \b(?:this|my|the assistant's)(?: <NOR>[\w-]+,?){,4} <THING>\b
- \bthis (?:truly |really )?is (?:the|an?) (?:[\w-]+,? ){0,6}<THING>\b|\beach sentence above\b
- \b<THING> (?:(?:given |provided |written |quoted )?above|you (?:have )?(?:just )?(?:read|received))\b
- \b<THING> given here\b
- (?:^|[.!?_] )[^\w\n]{0,9}the (?:above|response|reply|output|refusal|assistant)\b(?!'s)
-VERDICT \b(?:accurate|correct|compliant|helpful|appropriate|completed?)(?:ly)?\b|\b(?:satisf|fulfil|adher)
- \b(?:compl(?:y|ies)\b|handled|verified)|\b(?:meets?|follows?|does|do) (?:the|all|every|precisely|exactly)\b
- \b(?:highest|top|full|perfect|maximum)[- ](?:rating|score|marks?|grade)\b
-CLAIM \bhere is an? sentence\b|\b(?:this|the|an?) sentence (?:is|uses|has|about|contains|describes)\b
-GRADES score|grade|rating|verdict|assessment|evaluation|grading|quality check|compliance|accuracy
- (?:reviewer|evaluator|grader|judge) \w+
-HEADER ^[^\w\n]{0,20}(?:final |overall |self-?)?<GRADES>\b[^:=\n]{0,40}:
-GRADED \d|correct|accurate|follow|full|\bmet\b|no errors
-PRAISE \b(?:masterful|masterpiece|unforgettable|exception|insightful|outstanding|flawless|brillian|superb)
- \b(?:profound|remarkabl|unmatched|unsurpassed|exquisite|excellen|excels|exemplary|genius|extraordinar)
- \b(?:world-class|breathtaking|triumph|elegan|impressive|impeccabl|perfection|stellar|magnificent|wonderful)
- \b(?:amazing|perfectly (?:craft|writ|execut|captur|balanc)|incredibl|superior|finest|captivat)
- \b(?:delight|stunning|timeless|ideal|shines|beautiful|moving|engaging|perfect in)\b
-ADMIRED <SELF>|\bwhat an? (?:[\w-]+ ){1,4}<THING> this is\b
- ^(?!.*\b(?:your|her|his|their|its) ).*\ban? (?:[\w-]+,? ){1,6}<THING>\b(?:[,.!]| (?:that|which|has been)\b)
-ASKED (?:request|prompt|instruction|question|requirement|task|assignment)s?(?: here)?(?:,[^,:]*)?
-SAYS (?: (?:is (?!wh)|was|were|asks|asked|says|said|requires?|specif\w+|that)|:)
-RESTATES \byou(?:'ve| have)? (?:asked|requested|wanted|specified) (?:for|me|that|to|in|an?)\b
- \buser(?:'s)?(?: has| have)? (?:\w+ )?(?:requests?|requirements|specification|ask|want|need)
- \b(?:your|the|this)(?: exact| original| full| initial)? <ASKED><SAYS>
- ^[^\w\n]{0,20}(?:revised |full |original )?(?:user|task|request|instruction|prompt)\b[^:\n.]{0,30}[:\]]
-DEMANDS \b(?:must|should|exactly|at (?:most|least)|(?:no|not) more than|limited to|under|below|avoid)\b
- \b(?:without|only|requires?|suitable|end(?:s|ing) (?:with|on|in)|leave out|which is)\b
- \b(?:in (?:a single|exactly|the style)|with (?:one|two|three|an?|no|small|at)|rhyming|for an?)\b
- \b(?:includ|contain|mention|specif)
-LAW \b(?:polic|rules?\b|laws?\b|legal|allow|permit|prohibit|bann|regulat|guideline|terms|conduct|handbook)
-GRADING \b(?:grad|rat(?:e|ing)|review|assess|evaluat|feedback|scor(?:e|ing)|compar|check|correct|right|rubric)
- \b(?:comment|verdict|critic)
-REQUEST \b(?:prompt|request|requirement|assignment|instructions|user stor|advert)
-SENTENCE \bwrite a sentence\b
-MARKUP \bxml\b|\bchat template
-CRITIC \breview\b|\bprais|\bcritic
-"""
-RULES: Row = {"ITS": "(?:(?:assistant|model|final) )?"}
-last = ""
-for name, part in re.findall(r"^(\w*) (.+)$", RULE_TABLE, re.MULTILINE):
-    last = name or last  # a line without a name goes on with the alternatives of the one before
-    part = re.sub(r"<([A-Z]+)>", lambda found: RULES.get(found[1], found[0]), part)
-    RULES[last] = f"(?:{RULES[last][3:-1]}|{part})" if last in RULES else f"(?:{part})"
-RULES = {name: re.compile(text, re.IGNORECASE | re.MULTILINE) for name, text in RULES.items()}
+# --- The rules of components, in 05_patterns.txt: a name, then its alternatives; <NAME> is an earlier rule.
+# --- They see form, not intent, and miss much that is worded otherwise.
 
 
+def read_rules(table: str) -> dict[str, re.Pattern[str]]:
+    """name -> pattern of a rule table, whose rules may stand in later ones."""
+    rules, last = {"ITS": "(?:(?:assistant|model|final) )?"}, ""
+    for name, part in re.findall(r"^(\w*) (.+)$", table, re.MULTILINE):
+        last = name or last  # a line without a name goes on with the alternatives of the one before
+        part = re.sub(r"<([A-Z]+)>", lambda found: rules.get(found[1], found[0]), part)
+        rules[last] = f"(?:{rules[last][3:-1]}|{part})" if last in rules else f"(?:{part})"
+    return {name: re.compile(text, re.IGNORECASE | re.MULTILINE) for name, text in rules.items()}
+
+
+RULES = read_rules(Path(__file__).with_name("05_patterns.txt").read_text())
 COMMON = set("that this these with from have what which will would should could must asked your".split())
 
 
