@@ -236,6 +236,31 @@ def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (folder / "evaluation/gold.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_gold_command_starts_each_server_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    """R9: the policies' base first, with its judges, then the other judges' base."""
+    make_judge(folder, "reasoning-rl", model="other")
+    (folder / "evaluation/outputs.jsonl").unlink()
+    shutil.rmtree(folder / "evaluation/scores")
+    started = []
+
+    @contextlib.contextmanager
+    def serve_adapters(users: Any, *_: Any, count: int) -> Any:
+        started.append(users[0]["model"])
+        yield SimpleNamespace(model=users[0]["model"], load_adapter=print, unload_adapter=print)
+
+    def write_output(policy: Any, tokenizer: Any, endpoint: Any, served: Any, row: Any) -> Any:
+        return {**row, "output": served or "the base", "tokens": 2, "finished": True, "fluency": -1.0}
+
+    monkeypatch.setattr(sft, "serve_adapters", serve_adapters)
+    monkeypatch.setattr(sft, "ask_judge", lambda *_: {"label": 1, "expected": 1.5, "cause": None})
+    monkeypatch.setattr(evaluate, "write_output", write_output)
+    monkeypatch.setattr(annotate, "load_tokenizer", lambda model: tokenizer)
+    result = run(f"gold --run {folder}")
+    assert result.exit_code == 0 and started == [MODEL, "other"], result.output
+
+
 def test_gold_that_is_no_oracle_has_no_truth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def gold(options: Any, logs: Path) -> Any:

@@ -59,10 +59,11 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monkey
     small = f"--run {run} --lora-rank 8"
     with stub() as url:
         lines = [
-            f"01_annotate.py --preset gpu --run {run} --data {data} --gold gold --gold-url {url}/9999/well/v1 "
-            f"--policy-model {policy} --judge-train 6 --judge-validation 2 --judge-test 2 --policy-train 4 "
-            "--policy-test 2 --efforts low --rubrics --pairs",
-            f"02_train_judge.py {small} --model {judge} --no-reasoning --epochs 1 --batch 4 --max-thinking 32",
+            f"01_annotate.py --preset gpu --run {run} --data {data} --gold gold "
+            f"--gold-url {url}/9999/well/v1 --policy-model {policy} --judge-train 6 --judge-validation 2 "
+            "--judge-test 2 --policy-train 4 --policy-test 2 --efforts low --rubrics --pairs",
+            f"02_train_judge.py {small} --model {judge} --no-reasoning --epochs 1 --batch 4 "
+            "--max-thinking 32",
             f"02_train_judge.py {small} --model {judge} --reasoning --epochs 1 --batch 4 --max-thinking 32",
             f"03_rl.py judge --run {run} --judge reasoning --steps 1 --prompts 2 --group 2 --minibatches 1 "
             "--max-tokens 32",
