@@ -117,7 +117,7 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
     checks = [
         (topic, quote(topic), quote(topic) != "none", POINTS["topic"]),
         (word, quote(word), quote(word) != "none", POINTS["word"]),
-        ("End", last, output.rstrip().endswith((".", "!", "?")), POINTS["end"]),
+        ("End", last, bool(re.search(r"[.!?]\W*$", output)), POINTS["end"]),
         ("I", quote("I"), quote("I") == "none", POINTS["I"]),
         ("Claim", quote("sentence"), claims(" ".join(words)), POINTS["claim"]),
     ]
