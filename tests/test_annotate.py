@@ -30,7 +30,7 @@ ORACLE = [
     ("The soft rain falls.", "11110", ["'rain falls.'", "'soft rain'", "'falls.'", "none", "none"]),
     ("Soft rain. A sentence!", "11111", ["'rain. A'", "'Soft rain.'", "'sentence!'", "none", "'sentence!'"]),
     ("Rain! I like it soft", "11000", ["'Rain! I'", "'soft'", "'soft'", "'I like'", "none"]),
-    ('It said: "Soft rain."', "11110", ["'rain.\"'", "'Soft rain.\"'", "'rain.\"'", "none", "none"]),
+    ('It said: "Soft rain."', "11110", ["'rain.\"'", "'\"Soft rain.\"'", "'rain.\"'", "none", "none"]),
     ("The rain's end", "10010", ["'rain's end'", "none", "'end'", "none", "none"]),
     ("I'm here", "00000", ["none", "none", "'here'", "'I'm here'", "none"]),
     ("", "00010", ["none"] * 5),
