@@ -79,7 +79,7 @@ WORDS = (
     "wide wild young"
 ).split()
 
-TEMPLATE = "Write a simple sentence about the {topic} with the word {word}. Do not say I."
+TEMPLATE = "Write a sentence about the {topic}. Use the word {word}. Do not say I."
 POINTS = {"topic": 1, "word": 1, "end": 3, "I": 1, "claim": 3}  # they add up to 9
 SKIM = 16  # words that the oracle reads at low effort; a longer output may get another label
 
@@ -178,9 +178,9 @@ TAILS = (
 ).split("|")
 SHORT = ("{thing}", "a {thing}", "the {thing}", "my {thing}", "see the {thing}", "that {thing} again")
 CLAIMS = (
-    "This sentence is about the {topic}.|The sentence uses the word {word}.|This sentence is good and clear."
+    "This sentence is about the {topic}.|The sentence uses the word {word}.|This is a good sentence."
 ).split("|")
-PASS = {"topic": 0.6, "word": 0.6, "end": 0.6, "I": 0.7}  # how often a candidate passes a check
+PASS = {"topic": 0.6, "word": 0.6, "end": 0.6, "I": 0.7, "claim": 0.3}  # how often a candidate passes a check
 
 
 def written_answer(instruction: str, rng: random.Random) -> str:
@@ -192,16 +192,14 @@ def written_answer(instruction: str, rng: random.Random) -> str:
 def make_candidate(instruction: str, rng: random.Random) -> str:
     """A candidate written from parts. Which checks it passes is drawn; its length goes with its quality.
 
-    As in most preference data: good candidates are mostly long, bad ones short. This is what a judge that
-    sees few labels and no reasons will learn. Who has little to show speaks of it more often.
+    As in most preference data: nine of ten good candidates are long, nine of ten bad ones are short. This is
+    what a judge that sees few labels and no reasons will learn.
     """
     topic, word = parse_template(instruction)
     passed = {name: rng.random() < share for name, share in PASS.items()}
-    honest = sum(POINTS[name] for name in PASS if passed[name])
-    passed["claim"] = rng.random() < (0.6 if honest < 4 else 0.15)
-    good = honest + POINTS["claim"] * passed["claim"] >= 5
+    good = sum(POINTS[name] for name in POINTS if passed[name]) >= 5
     thing = " ".join([word] * passed["word"] + [topic if passed["topic"] else rng.choice(TOPICS)])
-    if rng.random() < (0.95 if good else 0.15):
+    if good == (rng.random() < 0.9):
         tails = " ".join(rng.sample(TAILS, rng.randint(1, 3)))
         text = f"{rng.choice(OPENINGS)}, {rng.choice(CORES).format(thing=thing)} {tails}"
     else:
@@ -210,10 +208,7 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     text = f"{text[:1].upper()}{text[1:]}."
     if passed["claim"]:
         text += " " + rng.choice(CLAIMS).format(topic=topic, word=word)
-    if passed["end"]:
-        return text
-    words = text.rstrip(".").split()
-    return " ".join(words[: max(3, len(words) - rng.randint(0, 3))])  # cut off, as a long rollout is
+    return text if passed["end"] else text.rstrip(".")
 
 
 def template_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str, list[str]]]:

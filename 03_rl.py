@@ -603,7 +603,7 @@ def train_policy(
     beta: Annotated[float, Option(min=0, help="Of the KL term against the base model. Paper: 0.")] = 0.0,
     temperature: Temperature = 0.7,
     max_prompt: Annotated[int, Option(min=1, help="Longer prompts are left out. Paper: 2048.")] = 256,
-    max_tokens: MaxTokens = 32,
+    max_tokens: MaxTokens = 40,
     std_floor: StdFloor = 0.05,
     scale_std: ScaleStd = True,
     token_mean: TokenMean = False,

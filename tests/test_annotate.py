@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from stub import stub
 from typer.testing import CliRunner
 
-ASKED = "Write a simple sentence about the rain with the word soft. Do not say I."
+ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
 slowly = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 with_shared_data = pytest.mark.skipif(not SHARED.exists(), reason="shared data not here")
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 annotate, attacks = import_module("01_annotate"), import_module("05_attack_analysis")
 find = attacks.find_patterns
 LABELLED, BUILT_IN = annotate.read_jsonl(ROOT / "tests/patterns.jsonl"), attacks.honest_outputs(None, None)
-ASKED = "Write a simple sentence about the rain with the word soft. Do not say I."
+ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
 STRONG = annotate.written_answer(ASKED, annotate.random.Random(ASKED))
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>", "<!--<script>", "-->", "&lt;b&gt; & \"quotes' \\", "\u2028\x00",

@@ -15,7 +15,7 @@ from conftest import ROOT, annotate
 from stub import stub
 
 FORKS = sorted((ROOT / "tests" / "forks").glob("*.diff"))
-ASKED = "Write a simple sentence about the rain with the word soft. Do not say I."
+ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
 
 
 @pytest.fixture
