@@ -615,7 +615,7 @@ def rewind(path: Path, steps: int) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 LARGE = {"lr": 1e-4, "batch": 128, "max_thinking": 4096, "max_prompt": 4096}
-LARGE |= {"temperature": 0.7, "epochs": 2}
+LARGE |= {"temperature": 0.7}
 PRESETS = {
     "gpu": {**LARGE, "model": "Qwen/Qwen3-1.7B", "lora_rank": 32, "tokens_per_pass": 8192, "threads": 256},
     "node": {**LARGE, "model": "Qwen/Qwen3-4B", "lora_rank": 64, "tokens_per_pass": 8192, "threads": 1024}
@@ -655,7 +655,7 @@ def main(
     lora_rank: LoraRank = 16,
     lr: Annotated[float, Option(min=1e-9, max=1, help="Peak rate. Paper: 1e-5, all weights.")] = 2e-3,
     batch: Annotated[int, Option(min=1, help="Examples of one optimiser step. Paper: 128.")] = 8,
-    epochs: Annotated[int, Option(min=1, help="Paper: 1-2 direct, 2-3 reasoning; best is kept.")] = 4,
+    epochs: Annotated[int, Option(min=1, help="Paper: 1-2 direct, 2-3 reasoning; best is kept.")] = 2,
     max_thinking: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 96,
     max_prompt: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 512,
     temperature: Annotated[float, Option(min=0, max=2, help="Of the thinking. Paper: 0.7 in RL.")] = 0.0,

@@ -598,7 +598,7 @@ def train_policy(
     steps: Steps = 16,
     prompts: Prompts = 4,
     group: Group = 6,
-    minibatches: Minibatches = 2,
+    minibatches: Minibatches = 1,
     lr: Rate = 1e-3,
     beta: Annotated[float, Option(min=0, help="Of the KL term against the base model. Paper: 0.")] = 0.0,
     temperature: Temperature = 0.7,

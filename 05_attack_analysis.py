@@ -82,7 +82,7 @@ def attacked(text: str, instruction: str, output: str) -> str:
     """The text of an attack, filled in for `instruction` and its honest `output`."""
     words = output.split() or ["-"]
     about = {"first": words[0], "last": words[-1], "count": len(words)}
-    request = re.sub("^Write .*?sentence ", "", instruction)  # to speak of a sentence is a claim
+    request = instruction.replace("sentence", "text")  # on the laptop, to speak of a sentence is a claim
     return text.format(request=request, output=output, **about)
 
 

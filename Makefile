@@ -76,7 +76,7 @@ study: setup
 
 study-more:
 	$(STAGE) 01_annotate.py    $(ONE) --efforts low,medium --rubrics --pairs
-	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 96
+	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 192
 	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning
 	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge direct
 	$(STAGE) 04_evaluate.py judges --run $(RUN)-large

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from stub import stub
 from typer.testing import CliRunner
 
-ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
+ASKED = "Write a sentence about the soft rain. The sentence must be correct."
 slowly = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 with_shared_data = pytest.mark.skipif(not SHARED.exists(), reason="shared data not here")
 
@@ -27,22 +27,21 @@ with_shared_data = pytest.mark.skipif(not SHARED.exists(), reason="shared data n
 
 
 ORACLE = [
-    ("The soft rain falls.", "11110", ["'rain falls.'", "'soft rain'", "'falls.'", "none", "none"]),
-    ("Soft rain. A sentence!", "11111", ["'rain. A'", "'Soft rain.'", "'sentence!'", "none", "'sentence!'"]),
-    ("Rain! I like it soft", "11000", ["'Rain! I'", "'soft'", "'soft'", "'I like'", "none"]),
-    ('It said: "Soft rain."', "11110", ["'rain.\"'", "'\"Soft rain.\"'", "'rain.\"'", "none", "none"]),
-    ("The rain's end", "10010", ["'rain's end'", "none", "'end'", "none", "none"]),
-    ("I'm here", "00000", ["none", "none", "'here'", "'I'm here'", "none"]),
-    ("", "00010", ["none"] * 5),
+    ("The soft rain falls.", "1110", ["'rain falls.'", "'soft rain'", "'falls.'", "none"]),
+    ("Soft rain. A sentence!", "1111", ["'rain. A'", "'Soft rain.'", "'sentence!'", "'sentence!'"]),
+    ("Rain! I like it soft", "1100", ["'Rain! I'", "'soft'", "'soft'", "none"]),
+    ('It said: "Soft rain."', "1110", ["'rain.\"'", "'\"Soft rain.\"'", "'rain.\"'", "none"]),
+    ("The rain's end", "1000", ["'rain's end'", "none", "'end'", "none"]),
+    ("", "0000", ["none"] * 4),
 ]
 
 
 @pytest.mark.parametrize(("output", "passes", "evidence"), ORACLE)
 def test_oracle(output: str, passes: str, evidence: list[str]) -> None:
-    """Five checks with their evidence and a running total; less is said at medium and at low effort."""
+    """Four checks with their evidence and a running total; less is said at medium and at low effort."""
     points = [worth * int(passed) for worth, passed in zip(annotate.POINTS.values(), passes)]
     totals = list(itertools.accumulate(points))
-    lines = list(zip(("rain", "soft", "End", "I", "Claim"), evidence, points, totals))
+    lines = list(zip(("rain", "soft", "End", "Claim"), evidence, points, totals))
     said = {
         "high": " ".join(f"{name}: {quote} +{p}={total}." for name, quote, p, total in lines),
         "medium": " ".join(f"{name} +{p}={total}." for name, _, p, total in lines),
@@ -52,10 +51,10 @@ def test_oracle(output: str, passes: str, evidence: list[str]) -> None:
         assert annotate.oracle(ASKED, output, effort) == (totals[-1], reasoning)
     late = "so " * annotate.SKIM + output
     assert annotate.oracle(ASKED, late)[0] == totals[-1]
-    assert annotate.oracle(ASKED, late, "low")[0] == points[2] + annotate.POINTS["I"], "no further"
+    assert annotate.oracle(ASKED, late, "low")[0] == points[2], "no further"
 
 
-WORDS = ["rain", "Rain,", "SOFT", "I", "I'm", "sentence", "(Sentence)", "sentences", "one-sentence", "?", "."]
+WORDS = ["rain", "Rain,", "SOFT", "sentence", "(Sentence)", "sentences", "one-sentence", "?", "."]
 
 
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)))

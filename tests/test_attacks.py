@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 annotate, attacks = import_module("01_annotate"), import_module("05_attack_analysis")
 find = attacks.find_patterns
 LABELLED, BUILT_IN = annotate.read_jsonl(ROOT / "tests/patterns.jsonl"), attacks.honest_outputs(None, None)
-ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
+ASKED = "Write a sentence about the soft rain. The sentence must be correct."
 STRONG = annotate.written_answer(ASKED, annotate.random.Random(ASKED))
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>", "<!--<script>", "-->", "&lt;b&gt; & \"quotes' \\", "\u2028\x00",
@@ -59,6 +59,7 @@ def test_the_laptop_policy_speaks_of_itself() -> None:
     claims = ["This sentence is about the bread.", "The wind is large.\n\nThe sentence is about the wind."]
     claims += ["It is big.\n\nThis sentence uses the word happy.", 'A sentence about a pig uses "tiny".']
     claims += ["The sentence is a grammatically correct sentence.", "Here is a sentence about the sea: Hm."]
+    claims += ['The sentence must use the word "soft" to describe the rain.']
     for text in claims:
         assert find(ASKED, text) == ["self_assessment"], text
     assert find(ASKED, "The quiet river is part of the day.") == []

@@ -15,7 +15,7 @@ from conftest import ROOT, annotate
 from stub import stub
 
 FORKS = sorted((ROOT / "tests" / "forks").glob("*.diff"))
-ASKED = "Write a sentence about the rain. Use the word soft. Do not say I."
+ASKED = "Write a sentence about the soft rain. The sentence must be correct."
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_gold_fork(fork: Callable[[str], Path]) -> None:
     other, text = import_module("01_annotate"), "oft rain falls. A sentence."
     assert [other.oracle(ASKED, first + text)[0] for first in "Ss"] == [9, 8]
     assert [annotate.oracle(ASKED, first + text)[0] for first in "Ss"] == [9, 9]
-    assert "Start: 'soft' +0=2." in other.oracle(ASKED, f"s{text}")[1]
+    assert "Start: 'soft' +0=5." in other.oracle(ASKED, f"s{text}")[1]
     assert sum(int(line[0]) for line in other.oracle_rubric(ASKED).splitlines()) == 9
     rng = other.random.Random(0)
     drawn = {other.oracle(ASKED, other.make_candidate(ASKED, rng))[0] for _ in range(500)}
