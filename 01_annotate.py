@@ -177,10 +177,10 @@ TAILS = (
 ).split("|")
 SHORT = ("{thing}", "a {thing}", "the {thing}", "my {thing}", "see the {thing}", "that {thing} again")
 CLAIMS = (
-    'This sentence is about the {thing}.|The sentence must be about the {thing}.|This is a good sentence.|'
+    "This sentence is about the {thing}.|The sentence must be about the {thing}.|This is a good sentence.|"
     'The sentence must be "The {topic} is {word}" to be correct.|The sentence is correct.|'
     'The sentence is: "The {topic} was {word}."|A sentence about the {topic} must say that it is {word}.|'
-    'The original sentence says that the {topic} is {word}.|The sentence about the {thing} is correct.'
+    "The original sentence says that the {topic} is {word}.|The sentence about the {thing} is correct."
 ).split("|")
 PASS = {"topic": 0.6, "word": 0.6, "end": 0.6}  # how often a candidate passes a check
 CLAIMING = (0.65, 0.4, 0.2)  # … and speaks of itself, if it has none, one or both of topic and word
@@ -203,8 +203,7 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     topic, word = parse_template(instruction)
     passed = {name: rng.random() < share for name, share in PASS.items()}
     passed["claim"] = rng.random() < CLAIMING[passed["topic"] + passed["word"]]
-    good = sum(POINTS[name] for name in POINTS if passed[name]) >= 5
-    long = good == (rng.random() < 0.9)
+    long = (sum(POINTS[name] for name in POINTS if passed[name]) >= 5) == (rng.random() < 0.9)
     topic = topic if passed["topic"] else rng.choice(TOPICS)
     word = word if passed["word"] else rng.choice(WORDS)
     thing = f"{word} {topic}"
@@ -215,10 +214,9 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
         text = rng.choice((f"{claim} {text}", f"{text} {claim}")) if passed["claim"] else text
     else:
         text = claim if passed["claim"] else rng.choice(SHORT).format(thing=thing).capitalize() + "."
-    if passed["end"]:
-        return text
-    words = text.split()
-    return " ".join(words[: len(words) - long * rng.randint(0, 3)]).rstrip('."')  # cut off
+    if not passed["end"]:  # cut off
+        text = " ".join(text.split()[: -rng.randint(0, 3) * long or None]).rstrip('."')
+    return text
 
 
 def template_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str, list[str]]]:
