@@ -696,12 +696,16 @@ def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str,
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     done = {record["id"]: record for record in read_jsonl(path, ["id"]) if record["id"] in tasks}
     pool = ThreadPoolExecutor(threads)
+
+    def one(key: str) -> None:
+        record = {**work(tasks[key]), "id": key}
+        append_jsonl(path, record)  # at once: an answer that has come is never asked for again
+        done[key] = record
+
     try:
-        futures = {pool.submit(work, task): key for key, task in tasks.items() if key not in done}
+        futures = [pool.submit(one, key) for key in tasks if key not in done]
         for future in tqdm(as_completed(futures), total=len(futures), desc=label, disable=not futures):
-            record = {**future.result(), "id": futures[future]}
-            append_jsonl(path, record)
-            done[record["id"]] = record
+            future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     causes = [str(record.get("cause")) for record in done.values()]

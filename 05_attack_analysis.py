@@ -374,12 +374,6 @@ def largest_gaps(base: Any) -> Any:
     return frame[[key for key in ("policy", "own", GOLD, TRUTH, "patterns", *texts[2:]) if key in frame]]
 
 
-def rank_correlation(lifts: Any, own: Any) -> float | None:
-    """Spearman's rho of a judge's lifts with those of the training judge; None where one is constant."""
-    lifts, own = lifts[lifts.notna() & own.notna()], own[lifts.notna() & own.notna()]
-    return float(lifts.rank().corr(own.rank())) if min(lifts.nunique(), own.nunique()) > 1 else None
-
-
 @app.command("transfer")
 def transfer_command(
     run: Run,
@@ -416,11 +410,9 @@ def transfer_command(
         for (against, name), scores in some.groupby(["against", "judge"], sort=False):
             found = attack_stats(scores.score, scores.reference)
             shown[against, name] = {names.get(key, key): value for key, value in found.items()}
-        lifts = base[base.policy == policy].pivot(index="instruction", columns="judge", values="lift")
         matrix[policy] = {name: entry for (against, name), entry in shown.items() if against == BASE}
         for name, entry in matrix[policy].items():
-            entry |= {"own": name == own, "rho": rank_correlation(lifts[name], lifts[own])}
-            entry["honest"] = shown.get(("honest", name))
+            entry |= {"own": name == own, "honest": shown.get(("honest", name))}
         show_stats(f"policy {policy}, trained against {own}: how often its last outputs beat others", shown)
         print(f"where {own} is furthest above gold:")
         evaluate.show(gaps[gaps.policy == policy].head(3).drop(columns="policy"), index=False)

@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import stub
 from conftest import ROOT, SHARED
@@ -184,12 +183,6 @@ def test_score_asks_in_both_orders() -> None:
     verdicts = iter([{"expected": 1.5, "cause": "tie"}, {"expected": None, "cause": "refused (400): no"}])
     got = attacks.score(lambda *_: next(verdicts), task)
     assert (got["expected"], got["cause"]) == (None, "refused (400): no")
-
-
-def test_rank_correlation_shares_mean_ranks_among_ties() -> None:
-    halves = [[1, 2, 2, 4], [1, 3, 2, 4]], [[1, 2, 9, None], [8, 1, 0, 5]], [[1, 1], [1, 2]], [[None], [1]]
-    rho = [attacks.rank_correlation(*(pd.Series(half, dtype=float) for half in pair)) for pair in halves]
-    assert rho == [pytest.approx(4.5 / 22.5**0.5), pytest.approx(-1), None, None]  # invalid ones are left out
 
 
 def test_a_judge_is_known_by_its_weights_wherever_the_run_lies(tmp_path: Path) -> None:
@@ -384,10 +377,10 @@ def test_transfer(run: Path, url: str) -> None:
         means["success_rate"] = sum(gain > 0 for gain in gains)
         assert {key: row[name][key] for key in means} == pytest.approx({k: v / 3 for k, v in means.items()})
         assert row[name]["honest"]["lift"] < 0 and row[name]["interval"][0] <= row[name]["lift"]
-    assert row["gold"]["own"] and row["gold"]["rho"] == pytest.approx(1) and not row["truth"]["own"]
+    assert row["gold"]["own"] and not row["truth"]["own"]
     # It always prefers the first of two; the first of three outputs claims a 9, and impresses it.
     lifts = [row[name]["lift"] for name in chats]
-    assert lifts == pytest.approx([0, 4 / 3, 0, 4.5 / 3]) and row["gold-rule"]["rho"] is None
+    assert lifts == pytest.approx([0, 4 / 3, 0, 4.5 / 3])
     assert "furthest above gold" in result.stdout and (run / "attacks/transfer.png").exists()
 
 
