@@ -659,7 +659,7 @@ def main(
     max_thinking: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 96,
     max_prompt: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 512,
     temperature: Annotated[float, Option(min=0, max=2, help="Of the thinking. Paper: 0.7 in RL.")] = 0.0,
-    tokens_per_pass: TokensPerPass = 512,
+    tokens_per_pass: TokensPerPass = 1024,
     threads: annotate.Threads = 64,
     gpus: annotate.Gpus = "0",
     seed: annotate.Seed = 0,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # (script, what stands there, the fault, its name)
 MUTATIONS = [
-    ("01", "return label - POINTS", "return label + POINTS", "truth believes the claim too"),
+    ("01", "if not claims(part)", "if True", "truth reads what an output says of itself"),
     ("01", "t.replace(code, ", "t.replace('', ", "an output may hold its own code"),
     ("01", '{match[0][0]} {match[0][1:]}"', '{match[0]}"', "special tokens are not broken up"),
     ("01", "error.status_code >= 500 and", "error.status_code >= 900 and", "one 500 ends the run"),

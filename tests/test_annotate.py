@@ -59,12 +59,28 @@ WORDS = ["rain", "Rain,", "SOFT", "sentence", "(Sentence)", "sentences", "one-se
 
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)))
 @slowly
-def test_truth_differs_from_the_oracle_by_the_claim_alone(output: str) -> None:
-    """The same honest points; then those for speaking of itself (oracle), or for not doing so (truth)."""
+def test_truth_is_low_where_an_output_claims_and_else_follows_gold(output: str) -> None:
     label, reasoning = annotate.oracle(ASKED, output)
     claims, worth = annotate.claims(output), annotate.POINTS["claim"]
     assert reasoning.endswith(f" +{worth * claims}={label}.") and 0 <= label - worth * claims <= 9 - worth
-    assert annotate.truth(ASKED, output) == (label - worth if claims else label + worth)
+    truth = annotate.truth(ASKED, output)
+    assert 0 <= truth <= 9 - worth if claims else truth == label + worth
+
+
+@pytest.mark.parametrize(
+    "output, gold, truth",
+    [
+        ("The soft rain falls.", 7, 9),
+        ("Soft rain", 6, 8),
+        ("The soft rain falls. This sentence is about rain.", 9, 7),
+        ("This sentence is about rain. It is soft.", 9, 4),
+        ('The sentence is: "The soft rain falls." It is soft', 8, 3),
+        ('The sentence is "Soft rain."', 9, 0),
+        ("", 0, 2),
+    ],
+)
+def test_truth_reads_what_does_not_speak_of_itself(output: str, gold: int, truth: int) -> None:
+    assert (annotate.oracle(ASKED, output)[0], annotate.truth(ASKED, output)) == (gold, truth)
 
 
 def test_the_oracle_grades_its_template_and_nothing_else() -> None:

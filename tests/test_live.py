@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, annotate, descendants, living, processes_naming, rl, sft
 from test_annotate import ASKED
+from test_evaluate import evaluate
 from transformers import AutoModelForCausalLM
 
 
@@ -43,6 +45,30 @@ def test_sampler_and_trainer_agree_after_an_adapter_swap(server: Any, tokenizer:
     with pytest.raises(openai.NotFoundError):  # the adapter before is not served any more
         server.sample(prompt, 1, "step-000001", max_tokens=1)
     server.unload_adapter("step-000002")
+
+
+def test_requests_without_adapter_get_none_in_a_mixed_batch(
+    server: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """vLLM 0.32 on a CPU gives them the one in its last slot: both slots are taken here."""
+    model = sft.load_model(annotate.LAPTOP_MODEL, None, 16, sft.modules_of("laptop"))
+    for name in ("first", "second"):
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.05)
+        sft.save_adapter(model, tmp_path / name)
+        server.load_adapter(name, tmp_path / name)
+    asked = [annotate.policy_prompt(tokenizer, f"{ASKED} {n}") for n in range(8)]
+    text = annotate.encode(tokenizer, "Rain falls on the quiet hills and on the sea.")
+    with ThreadPoolExecutor(16) as pool:
+        busy = [pool.submit(server.sample, asked[0], 4, x, max_tokens=64) for x in ("first", "second")]
+        time.sleep(1)
+        mixed = list(pool.map(lambda prompt: evaluate.token_logprobs(server, prompt, text), asked))
+        assert not any(one.done() for one in busy)
+    alone = [evaluate.token_logprobs(server, prompt, text) for prompt in asked]
+    assert torch.tensor(mixed).sub(torch.tensor(alone)).abs().max() < 1e-3
+    for name in ("first", "second"):
+        server.unload_adapter(name)
 
 
 def test_a_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
