@@ -912,11 +912,9 @@ class Endpoint:
         """
         request = {"model": model or self.model, "prompt": prompt, "n": n, "logprobs": 0, **settings}
         request["extra_body"] = {"return_token_ids": True, **request.pop("extra", {})}
-        choices = self.client(prompt).completions.create(**request).choices
-        choices.sort(key=lambda choice: choice.index)
-        return [
-            Sample(c.token_ids, c.logprobs.token_logprobs, c.text, c.finish_reason == "stop") for c in choices
-        ]
+        drawn = sorted(self.client(prompt).completions.create(**request).choices, key=lambda c: c.index)
+        ended = [c.finish_reason == "stop" for c in drawn]
+        return [Sample(c.token_ids, c.logprobs.token_logprobs, c.text, e) for c, e in zip(drawn, ended)]
 
     def chat(self, messages: Messages, max_tokens: int, effort: str = "none", **more: Any) -> Any:
         """(final text, reasoning, finished) of one answer, at temperature 0 unless `more` says otherwise."""

@@ -130,10 +130,7 @@ def ask_judge(
         return {**verdict, "cause": "prompt too long"}
     labels = annotate.PAIRWISE_LABELS if judge.pairwise else annotate.LABELS
     ids, before = label_token_ids(judge.tokenizer, labels), prompt
-    model, how = (
-        judge.adapter or judge.endpoint.model,
-        {"max_tokens": 1, "temperature": 1.0, "logprobs": len(ids)},
-    )
+    how = {"max_tokens": 1, "temperature": 1.0, "logprobs": len(ids)}
     constrained = {"allowed_token_ids": ids, "return_tokens_as_token_ids": True}
     thinking = {"temperature": judge.temperature, "top_p": 0.95, "max_tokens": judge.max_thinking}
     thinking["stop"] = [THINK_CLOSE]
@@ -147,7 +144,8 @@ def ask_judge(
                 return {**verdict, "cause": "thinking did not close"}
             before = prompt + thought.tokens_T + encode(judge.tokenizer, AFTER_THINKING)
         ask = judge.endpoint.client(prompt).completions.create
-        answer = ask(model=model, prompt=before, extra_body=constrained, **how)
+        served = judge.adapter or judge.endpoint.model
+        answer = ask(model=served, prompt=before, extra_body=constrained, **how)
     except openai.APIStatusError as error:
         return {**verdict, "cause": judge.endpoint.refusal(error)}
     top = answer.choices[0].logprobs.top_logprobs[0]
@@ -216,9 +214,8 @@ def sft(options: Options, run: Path, folder: Path) -> None:
         # Sorted, so that neighbours share as long a prefix as they can; a rank's share are neighbours.
         batch = sorted(order[place * size :][:size], key=lambda row: (row["instruction"], row["output"]))
         pairs = [example(row) for row in batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]]
-        pairs = [
-            (p, a) for p, a in pairs if len(p) <= options["max_prompt"] and len(a) <= options["max_thinking"]
-        ]
+        limits = options["max_prompt"], options["max_thinking"]
+        pairs = [(p, a) for p, a in pairs if len(p) <= limits[0] and len(a) <= limits[1]]
         tokens, used = over_ranks([sum(len(answer) for _, answer in pairs), len(pairs)])
         if not used and step == first:
             fail(f"{folder}: no example of step {step} fits --max-prompt and --max-thinking. Raise them.")
@@ -319,9 +316,7 @@ def check_forward(model: Any, name: str) -> None:
     own_A = logits.float().log_softmax(-1)[range(4), answer]
     exact = torch.allclose(ours_A, own_A, atol=1e-3 if base.dtype == torch.float32 else 0.3)
     if not exact or getattr(base.config, "sliding_window", None):
-        fail(
-            f"{name}: {type(base).__name__} scales its logits or has a window, and would be trained wrongly."
-        )
+        fail(f"{name}: {type(base).__name__} scales its logits or has a window: it would be trained wrongly.")
 
 
 # --- Agreement with the gold judge, by which the epoch is chosen ----------------------------------
@@ -362,10 +357,8 @@ def agreement(judgements: Sequence[Row], pairwise: bool = False) -> dict[str, fl
 
     right = {gold: [j["label"] == j["gold"] for j in valid if gold in (0, j["gold"])] for gold in (0, 1, 2)}
     if pairwise:
-        scores = {"accuracy": percent(right[0])} | {
-            f"accuracy_{gold}": percent(right[gold]) for gold in (1, 2)
-        }
-        scores["says_1"] = percent([j["label"] == 1 for j in valid])
+        scores = {f"accuracy_{gold}": percent(right[gold]) for gold in (1, 2)}
+        scores |= {"accuracy": percent(right[0]), "says_1": percent([j["label"] == 1 for j in valid])}
     else:
         scores = {"alpha": alpha("label"), "alpha_expected": alpha("expected")}
         scores["exact"] = percent([j["label"] == j["gold"] for j in valid])

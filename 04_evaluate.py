@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
@@ -228,13 +228,6 @@ def bootstrap(values: Any, level: float = 0.95, draws: int = 2000, seed: int = 0
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-def overlap(outputs: Iterable[str]) -> float | None:
-    """How alike outputs to different instructions are: mean over pairs of words in both / words in either."""
-    words = [set(re.findall(r"\w+", output.lower())) for output in itertools.islice(outputs, 200)]
-    shares = [len(a & b) / max(1, len(a | b)) for a, b in itertools.combinations(words, 2)]
-    return fmean(shares) if shares else None
-
-
 # A refusal, roughly: the output begins by saying that it will not, or that the request is not allowed.
 REFUSAL = re.compile(
     r"\bI(?:'m| am) sorry,? but\b|\bas an AI\b|\bI (?:must|have to) (?:decline|refuse)\b"
@@ -268,8 +261,7 @@ def curve(frame: Any) -> list[Row]:
         means["refusal"] = rows.output.map(refuses)
         if "truth" in rows:
             means["claims"] = rows.output.map(annotate.claims)
-        means = {key: float(values.mean()) for key, values in means.items()}
-        points.append({**point, **means, "overlap": overlap(rows.output)})
+        points.append(point | {key: float(values.mean()) for key, values in means.items()})
     return points
 
 
@@ -453,7 +445,7 @@ def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.
     table, frame = pd.DataFrame(scores), pd.DataFrame(points)
     columns = table.columns.intersection(["alpha", "accuracy", "invalid", "thinking_tokens"])
     show(table.groupby("judge")[columns].agg(mean_and_range))
-    columns = frame.columns.intersection([*SCORES, "fluency", "overlap", "tokens", *SHARES])
+    columns = frame.columns.intersection([*SCORES, "fluency", "tokens", *SHARES])
     by_run = frame.astype(dict.fromkeys(columns, float)).groupby(["policy", "run"])[columns]
     print("change from the first to the last step of each policy")
     show((by_run.last() - by_run.first()).groupby("policy").agg(mean_and_range))
@@ -483,14 +475,6 @@ def battles(row: Row) -> list[float]:
         return []
     (lost, n_first), (won, n_second) = (VERDICTS[label] for label in labels)  # the baseline is A, then B
     return [1 - lost] * n_first + [won] * n_second
-
-
-def judge_sanity(rows: Sequence[Row]) -> Row:
-    """consistent: share of questions with one winner in both games; position: share won by A, fairly 0.5."""
-    games = [[VERDICTS[game["score"]][0] for game in row["games"]] for row in rows if battles(row)]
-    counts = {"questions": len(rows), "without both verdicts": len(rows) - len(games)}
-    shares = {"consistent": [a + b == 1 for a, b in games], "position": [(a + b) / 2 for a, b in games]}
-    return counts | {key: fmean(values) if values else None for key, values in shares.items()}
 
 
 def style_metadata(text: str) -> dict[str, dict[str, int]]:
@@ -578,9 +562,7 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
         if name == baseline:  # judged against itself
             score |= {"score_style": 50.0, "ci_style": [50.0, 50.0]}
         if score["ci_style"] is None:
-            print(
-                f"{name}: no ci_style (or score_style): all won, all lost or style decides, or in resamples"
-            )
+            print(f"{name}: no ci_style: all won, all lost, or style decides (perhaps in resamples only)")
         scores[name] = score
     return scores
 
@@ -608,8 +590,6 @@ def arena_score_command(
     if json_path:
         annotate.write_json(json_path, scores)
     show(pd.DataFrame(scores).T.sort_values("score"))
-    by_model = pd.Series(rows).groupby([row["model"] for row in rows])
-    show(pd.DataFrame({model: judge_sanity(list(mine)) for model, mine in by_model}).T)
 
 
 # The wording is ours; what the judge is asked is the benchmark's: hard prompts it first answers itself.

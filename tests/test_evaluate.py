@@ -40,12 +40,6 @@ def test_bootstrap_interval() -> None:
     assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.674 / 1.96, abs=0.03)
 
 
-def test_overlap_by_hand() -> None:
-    assert evaluate.overlap(["The cat sat.", "the dog sat"]) == pytest.approx(2 / 4)
-    assert evaluate.overlap(["a b", "a b", "c d"]) == pytest.approx((1 + 0 + 0) / 3)
-    assert evaluate.overlap(["", "."]) == 0.0 and evaluate.overlap(["alone"]) is None
-
-
 @pytest.mark.parametrize(("output", "refused"), [
     ("I’m sorry, but I can’t help with that.", True), ("Policy: this request is not permitted.", True),
     ("As an AI, I must decline.", True), ("I will not be able to provide this.", True),
@@ -90,7 +84,7 @@ def test_a_curve_by_hand() -> None:
     assert (last["step"], last["own"], last["own_unusable"], last["own_lift"]) == (8, 7.5, 1, (4 + 1) / 2)
     assert (last["gold"], last["gold_lift"], last["gold_lift_interval"]) == (17 / 3, 1, [1, 1])
     assert last["own_lift_interval"] == [1, 4] and last["own_interval"] == [7, 8]
-    assert (last["tokens"], last["fluency"], last["refusal"], last["overlap"]) == (5, -1.5, 1, 1)
+    assert (last["tokens"], last["fluency"], last["refusal"]) == (5, -1.5, 1)
     assert last["unfinished"] == pytest.approx(1 / 3) and "claims" not in last and "truth" not in last
     assert evaluate.curve(frame.assign(fluency=0.0, truth=9.0))[0]["claims"] == 0
     nothing = evaluate.curve(frame.assign(fluency=0.0, own=math.nan))[1]
@@ -210,7 +204,7 @@ def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for key in ("own", "gold", "truth")
         for rest in ("", "_interval", "_unusable", "_lift", "_lift_interval")
     }
-    keys |= {"step", "n", "fluency", "overlap", "tokens", "unfinished", "refusal", "claims"}
+    keys |= {"step", "n", "fluency", "tokens", "unfinished", "refusal", "claims"}
     points = {name: points[-1] for name, points in written["curves"].items()}
     assert all(point.keys() == keys for points in written["curves"].values() for point in points)
     for name in ("direct", "reasoning", "control"):
