@@ -993,11 +993,12 @@ def mend_vllm() -> None:
 
     def expand(self: Any, y_TO: Any, x_TI: Any, weights: Any, start: int, size: int, **how: Any) -> None:
         """y[:, start : start + size] += scale * x W', W: each token's of `weights` [adapters, 1, O, I]."""
-        adapter_T = self.token_lora_indices  # -1: none
-        for adapter in set(adapter_T.tolist()) - {-1}:
-            rows = (adapter_T == adapter).nonzero()[:, 0]
+        adapter_T, columns_TO = self.token_lora_indices, y_TO.narrow(1, start, size)
+        adapters = set(adapter_T.tolist())  # -1: none
+        for adapter in adapters - {-1}:
+            rows = (adapter_T == adapter).nonzero()[:, 0] if len(adapters) > 1 else slice(None)
             product = x_TI[rows].to(weights.dtype) @ weights[adapter, 0].T
-            y_TO.narrow(1, start, size).index_add_(0, rows, product.to(y_TO.dtype), alpha=how.get("scale", 1))
+            columns_TO[rows] += how.get("scale", 1) * product
 
     def shrink(self: Any, y_TO: Any, x_TI: Any, weights: Any, scale: float) -> None:
         expand(self, y_TO, x_TI, weights, 0, y_TO.shape[1], scale=scale)

@@ -60,7 +60,7 @@ demo: setup
 	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning
 	$(STAGE) 04_evaluate.py judges --run $(RUN)
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
-	$(STAGE) 05_attack_analysis.py battery  --run $(RUN) --judge gold --judge direct --judge reasoning --limit 4
+	$(STAGE) 05_attack_analysis.py battery  --run $(RUN) --judge gold --judge direct --limit 4
 	$(STAGE) 05_attack_analysis.py transfer --run $(RUN)
 	$(STAGE) 05_attack_analysis.py patterns --run $(RUN)
 	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
