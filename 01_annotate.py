@@ -802,7 +802,8 @@ def pick_gpus(gpus: str) -> list[str]:
 
     here, mask = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if torch.version.cuda and not here:
-        fail(f"torch sees no GPU. Is the driver new enough for CUDA {torch.version.cuda}? See README.")
+        stack = "For the CPU stack: make clean setup REQUIREMENTS=requirements-cpu.txt"
+        fail(f"torch sees no GPU. Is the driver new enough for CUDA {torch.version.cuda}? {stack}")
     if not re.fullmatch(r"\d+(,\d+)*", gpus) or (here and max(map(int, gpus.split(","))) >= here):
         fail(f"GPUs {gpus}: must be a list like 0,1, below the {here} that are visible.")
     return [mask.split(",")[int(gpu)].strip() if mask else gpu for gpu in gpus.split(",")]
@@ -890,10 +891,10 @@ class Sample:
 class Endpoint:
     """An OpenAI-compatible server, or replicas of one (`url`: separated by commas). Calls are thread-safe.
 
-    The client tries again what may pass (429, 5xx, no connection): 10 `retries` are about a minute.
+    The client tries again what may pass (429, 5xx, no connection): 14 `retries` are over a minute.
     """
 
-    def __init__(self, url: str, key: str, model: str, retries: int = 10) -> None:
+    def __init__(self, url: str, key: str, model: str, retries: int = 14) -> None:
         import openai
 
         self.url, self.key, self.model = url, key, model
@@ -971,6 +972,7 @@ def open_endpoint(url: str, model: str, variable: str) -> Endpoint:
     if (status := endpoint.status()) in (0, 401, 403):
         why = f"the key in {variable} is refused" if status else "no server; a URL usually ends in /v1"
         fail(f"{url}: {why}.")
+    print(f"{url}: no list of models ({status}); going on" if status != 200 else f"{url}: {model}")
     return endpoint
 
 

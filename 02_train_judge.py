@@ -306,17 +306,20 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0) -> Any:
 
 
 def check_forward(model: Any, name: str) -> None:
-    """End the command where `answer_logprobs` is not the class's own forward pass (scaled logits, window)."""
+    """End the command where `answer_logprobs` is not the class's own forward pass (scale, window, …)."""
     import torch
 
-    base, prompt, answer = model.get_base_model(), list(range(20, 40)), [41, 42, 43, 44]
+    base, prompt, answers = model.get_base_model(), list(range(20, 40)), ([41, 42, 43, 44], [51, 52, 53, 54])
     with torch.no_grad():
-        (ours_A,) = (answer_logprobs(model, packed) for packed in pack([(prompt, answer)], 512))
-        logits = base(torch.tensor([prompt + answer], device=base.device)).logits[0, len(prompt) - 1 : -1]
-    own_A = logits.float().log_softmax(-1)[range(4), answer]
+        (ours_A,) = (answer_logprobs(model, packed) for packed in pack([(prompt, a) for a in answers], 512))
+        ids_BS = torch.tensor([prompt + answer for answer in answers], device=base.device)
+        logits_BAV = base(ids_BS).logits[:, len(prompt) - 1 : -1].float()
+    own_A = logits_BAV.log_softmax(-1).gather(2, ids_BS[:, len(prompt) :, None]).flatten()
     exact = torch.allclose(ours_A, own_A, atol=1e-3 if base.dtype == torch.float32 else 0.3)
     if not exact or getattr(base.config, "sliding_window", None):
-        fail(f"{name}: {type(base).__name__} scales its logits or has a window: it would be trained wrongly.")
+        fail(
+            f"{name}: {type(base).__name__} computes otherwise (window, scale): it would be trained wrongly."
+        )
 
 
 # --- Agreement with the gold judge, by which the epoch is chosen ----------------------------------

@@ -568,11 +568,15 @@ def train_judge(
     if start == "sft" or source.exists():
         source, record = sft.find_judge(run, f"{judge}-sft")
         adapter = source / record["adapter"] if start == "sft" else None
+    elif set(judge.split("-")) - {"direct", "reasoning", "pairwise"}:
+        fail(f"--judge {judge}: {source} is missing, and without it only direct and reasoning are known.")
     else:  # what stage 2 would make of this preset
         record = {key: p.default for key, p in inspect.signature(sft.main).parameters.items()}
         record |= sft.PRESETS.get(options["preset"], {}) | {"reasoning": "direct" not in judge}
         record |= {"pairwise": "pairwise" in judge, "lora_modules": sft.modules_of(options["preset"])}
         record = {key: record[key] for key in (*sft.DESCRIBES, *sft.VARIANTS)}
+        if record["pairwise"]:
+            record |= {key: 2 * record[key] for key in ("max_prompt", "max_thinking")}
     record["max_thinking"] = options["max_tokens"] = max(max_tokens, record["max_thinking"])
     options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
     options |= {"task": "judge", "judge_record": record, "start": str(adapter or "")}

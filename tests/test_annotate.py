@@ -325,6 +325,7 @@ def test_servers_that_differ_in_small_ways(tmp_path: Path, mode: str) -> None:
     with stub(bodies) as url:
         result = chat_gold(tmp_path, f"{url}/0/{mode}", "--efforts low --rubrics --pairs")
     assert result.exit_code == 0, result.output
+    assert ("no list of models (404)" in result.output) == (mode == "no-models")
     for r in labels(tmp_path):
         text = annotate.judge_messages(r["instruction"], r["output"])[1]["content"]
         assert (r["label"], r["reasoning"]) == (len(text) % 10, "Because.")

@@ -324,6 +324,9 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     assert folder.name == "mine-base-rl" and record["lora_rank"] == 8
     options, *_ = asked_for("judge --judge direct --from base")
     assert options["model"] == annotate.LAPTOP_MODEL and not options["judge_record"]["reasoning"]
+    options, *_ = asked_for("judge --judge reasoning-pairwise --from base")
+    assert (options["max_prompt"], options["max_tokens"]) == (1024, 192), "two outputs: fault R4"
+    assert "typo-sft" in asked_for("judge --judge typo --from base")
     assert "beta" not in inspect.signature(rl.train_judge).parameters
 
 

@@ -188,6 +188,7 @@ CLASSES = [
     *[("Llama", {}, True), ("Qwen2", {}, True), ("Qwen3", {"head_dim": 8}, True)],
     *[("Mistral", {"sliding_window": None}, True), ("Mistral", {"sliding_window": 16}, False)],
     *[("Granite", {"logits_scaling": 8.0}, False), ("Cohere", {}, False)],
+    ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, False),
     ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}, False),
 ]
 
