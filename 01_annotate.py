@@ -513,11 +513,7 @@ SIZES = (*SPLITS, "threads")
 PRESETS = {  # where they differ from the laptop's values in the signature
     "gpu": {**LARGE, **dict(zip(SIZES, (10_000, 200, 369, 20_000, 200, 256)))}
     | {"gold": "openai/gpt-oss-20b", "policy_model": "Qwen/Qwen2.5-1.5B-Instruct"},
-    "node": {
-        **LARGE,
-        **dict(zip(SIZES, (100_000, 400, 369, 117_000, 1_000, 1024))),
-        "gpus": "0,1,2,3,4,5,6,7",
-    }
+    "node": {**LARGE, "gpus": "0,1,2,3,4,5,6,7", **dict(zip(SIZES, (100_000, 400, 369, 117_000, 1000, 1024)))}
     | {"gold": "openai/gpt-oss-120b", "policy_model": "meta-llama/Llama-3.1-8B-Instruct"},
 }
 Effort = StrEnum("Effort", ["none", "low", "medium", "high"])
@@ -559,7 +555,8 @@ def main(
         fail("--gold-effort none: gpt-oss always reasons; choose low, medium or high.")
     if (gold == "oracle") != (data == "template"):
         fail(f"--gold {gold} with --data {data}: the oracle grades the template, and only it does.")
-    load_tokenizer(policy_model)  # a gated model is refused here, before anything is paid for
+    for model in [policy_model, *[gold] * (gold != "oracle" and not gold_url)]:
+        load_tokenizer(model)  # a gated model is refused here, before anything is paid for
     folder = run / "annotations"
     record_config(folder, options)
 
@@ -901,6 +898,7 @@ class Endpoint:
         how = {"api_key": key, "max_retries": retries, "timeout": 3600}
         self.clients = [openai.OpenAI(base_url=url, **how) for url in url.split(",")]
         self.new_names = False  # the server wants max_completion_tokens and no temperature
+        self.tokenizer = None  # of the model, where we serve it
 
     def client(self, prompt: Any) -> Any:
         """The client of one replica, the same for the same `prompt`, which it keeps in its cache."""
@@ -921,7 +919,7 @@ class Endpoint:
         """(final text, reasoning, finished) of one answer, at temperature 0 unless `more` says otherwise."""
         import openai
 
-        safe = [{**m, "content": escape_special_tokens(m["content"])} for m in messages]
+        safe = [{**m, "content": escape_special_tokens(m["content"], self.tokenizer)} for m in messages]
         request = {"model": self.model, "messages": safe}
         request |= {} if effort == "none" else {"reasoning_effort": effort}
         limits = {"max_tokens": max_tokens, "temperature": 0.0, **more}
@@ -1055,6 +1053,7 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
                 processes.append(subprocess.Popen([*command, "--port", str(port)], **how))
             urls.append(f"http://127.0.0.1:{port}/v1")
         endpoint = Endpoint(",".join(urls), key, model, retries=2)
+        endpoint.tokenizer = load_tokenizer(model)
         while endpoint.status() != 200:
             if any(process.poll() is not None for process in processes):
                 fail(f"vLLM ended in its start. The end of {log}:\n{log.read_text(errors='replace')[-1500:]}")

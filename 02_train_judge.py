@@ -317,9 +317,7 @@ def check_forward(model: Any, name: str) -> None:
     own_A = logits_BAV.log_softmax(-1).gather(2, ids_BS[:, len(prompt) :, None]).flatten()
     exact = torch.allclose(ours_A, own_A, atol=1e-3 if base.dtype == torch.float32 else 0.3)
     if not exact or getattr(base.config, "sliding_window", None):
-        fail(
-            f"{name}: {type(base).__name__} computes otherwise (window, scale): it would be trained wrongly."
-        )
+        fail(f"{name}: {type(base).__name__} has a window, a scale or such: it would be trained wrongly.")
 
 
 # --- Agreement with the gold judge, by which the epoch is chosen ----------------------------------
@@ -351,15 +349,16 @@ def agreement(judgements: Sequence[Row], pairwise: bool = False) -> dict[str, fl
     """
     valid, n = [j for j in judgements if j["label"] is not None], max(1, len(judgements))
 
-    def percent(hits: Sequence[bool]) -> float | None:
+    def percent(hits: Sequence[float]) -> float | None:
         return 100 * fmean(hits) if hits else None
 
     def alpha(key: str) -> float | None:
         value = krippendorff_alpha([(j["gold"], j[key]) for j in valid])
         return None if value is None else 100 * value
 
-    right = {gold: [j["label"] == j["gold"] for j in valid if gold in (0, j["gold"])] for gold in (0, 1, 2)}
-    if pairwise:
+    if pairwise:  # a tie, 0.5 : 0.5, is half right
+        hits = [(j["gold"], 0.5 if j["expected"] == 1.5 else j["label"] == j["gold"]) for j in valid]
+        right = {gold: [hit for place, hit in hits if gold in (0, place)] for gold in (0, 1, 2)}
         scores = {f"accuracy_{gold}": percent(right[gold]) for gold in (1, 2)}
         scores |= {"accuracy": percent(right[0]), "says_1": percent([j["label"] == 1 for j in valid])}
     else:

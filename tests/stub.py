@@ -54,8 +54,9 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(400, refused)
             case "crash" if "Question 3?" in text:
                 return self.reply(500, refused)
-            case "down" | "refuse" | "gone":
-                return self.reply({"down": 500, "refuse": 400, "gone": 404}[mode], refused)
+            case "down" | "refuse" | "gone" | "forbidden":
+                codes = {"down": 500, "refuse": 400, "gone": 404, "forbidden": 403}
+                return self.reply(codes[mode], refused)
             case "names" if "max_tokens" in body or "temperature" in body:
                 return self.reply(400, {"error": {"message": REFUSES_NAMES}})
             case "words" | "cut":

@@ -242,6 +242,18 @@ def test_no_text_is_encoded_as_a_special_token(name: str, request: pytest.Fixtur
     check()
 
 
+@with_shared_data
+@pytest.mark.parametrize("thinking", ["Rain: 3.", None])
+def test_a_judges_turns_are_those_of_qwen3s_own_template(qwen: Any, thinking: str | None) -> None:
+    """Prompt and answer, token by token, with thinking and without."""
+    messages = annotate.judge_messages("Write.", "Rain falls.")
+    turn = {"role": "assistant", "content": "7", "reasoning_content": thinking or ""}
+    theirs = qwen.apply_chat_template([*messages, turn], return_dict=False)
+    ours = sft.judge_prompt(qwen, messages, thinking is not None) + sft.judge_answer(qwen, 7, thinking)
+    assert qwen.decode([*ours, *qwen.encode("\n")]) == qwen.decode(theirs)
+    assert [*ours, *qwen.encode("\n")] == theirs
+
+
 ORDINARY = ["for |x|>1", "mtcars |> nrow()", "f <| x", "a < b > c", "<b>bold</b> <p>", "x[0] = [1]", "中文 ‮."]
 
 
@@ -341,11 +353,38 @@ def test_a_busy_server_is_waited_for_and_a_dead_one_is_no_bad_record() -> None:
     ask = [{"role": "user", "content": "x"}]
     with stub() as url:
         assert annotate.Endpoint(f"{url}/0/busy/v1", "secret", "gold").chat(ask, 4)[0] == "1"
-        for mode, key, status in (("down", "secret", 500), ("gone", "secret", 404), ("ok", "wrong", 401)):
+        for mode, status in {"down": 500, "gone": 404, "forbidden": 403, "ok": 401}.items():
+            key = "wrong" if mode == "ok" else "secret"
             endpoint = annotate.Endpoint(f"{url}/0/{mode}/v1", key, "gold", 0)
             with pytest.raises(openai.APIStatusError) as end:
                 annotate.ask_gold(endpoint, ask, ".", 4, "none")
             assert end.value.status_code == status
+
+
+def test_what_goes_to_a_chat_model_is_escaped(tokenizer: Any) -> None:
+    """By the common families' tokens behind a URL, by the model's own where we serve it."""
+    bodies: list[Any] = []
+    with stub(bodies) as url:
+        endpoint = annotate.Endpoint(f"{url}/0/ok/v1", "secret", "gold", 0)
+        for endpoint.tokenizer in (None, tokenizer):
+            endpoint.chat([{"role": "user", "content": "<|im_end|> <repo_name> |x|>1"}], 4)
+    sent = [body["messages"][0]["content"] for body in bodies]
+    assert sent == ["< |im_end|> <repo_name> |x|>1", "< |im_end|> < repo_name> |x|>1"]
+
+
+def test_gold_is_given_up_after_two_hundred_invalid_answers(tmp_path: Path, capsys: Any) -> None:
+    """Fault R6: of 300, ten shown, nothing kept."""
+    asked: list[Any] = []
+
+    def ask(row: Any) -> Any:
+        asked.append(row)
+        return {"label": None, "expected": None, "reasoning": "hm", "cause": "cut off"}
+
+    with pytest.raises(SystemExit):
+        annotate.annotate(tmp_path / "labels.jsonl", {str(n): {"id": str(n)} for n in range(300)}, ask, 4)
+    out, err = capsys.readouterr()
+    assert len(asked) == 200 and out.count("hm \n") == 10 and "200 of the first 200" in err
+    assert annotate.read_jsonl(tmp_path / "labels.jsonl") == []
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,8 @@ def test_pairs_are_scored_by_the_place_of_golds_choice() -> None:
     assert biased["accuracy"] == pytest.approx(fair["accuracy"])
     assert (sft.selection_score(biased), sft.selection_score(fair)) == pytest.approx((50, 68.75))
     assert sft.selection_score(score({})) == -math.inf
+    tied = sft.agreement(judged((1, 1, 1.5), (2, 1, 1.5)), True)  # fault 12: half right, in either place
+    assert tied["accuracy"] == tied["accuracy_1"] == tied["accuracy_2"] == 50
 
 
 def write_run(run: Path) -> dict[str, Any]:
