@@ -456,7 +456,6 @@ def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.
 # of lmarena/arena-hard-auto) in code of our own; answers and verdicts are kept in the benchmark's layout ---
 
 HUB, HOSTED = "lmarena-ai/arena-hard-auto", "https://api.openai.com/v1"
-PRICES = {"gpt-4.1": (2, 8)}  # dollars for a million tokens, in and out
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 Category = StrEnum("Category", [*BASELINES])
 STYLE = ["token_len", "header_count", "list_count", "bold_count"]
@@ -735,9 +734,8 @@ def arena_command(
     if todo := [games[uid] for uid in games.keys() - {row["id"] for row in done}]:
         # Four characters a token, two games; 800 tokens for an answer is a guess.
         read = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
-        write, (dollars_in, dollars_out) = 1600 * len(todo), PRICES.get(arena_judge, (0, 0))
-        dollars = f", {(read * dollars_in + write * dollars_out) / 1e6:.2f} dollars" if dollars_in else ""
-        print(f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out{dollars}")
+        write = 1600 * len(todo)
+        print(f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out")
         with arena_server(arena_judge, arena_url, gpus, run / "logs") as endpoint:
             rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), f"games of {judge}", threads)
         if failed := [row["cause"] for row in rows if row["cause"]]:

@@ -318,7 +318,7 @@ def arena(tmp_path: Path, judge: Any) -> Any:
 def test_both_positions_are_played_and_scored(tmp_path: Path, arena: Any, judge: Any, tokenizer: Any) -> None:
     result = arena()
     assert result.exit_code == 0, result.output
-    assert "8 calls of judge: about" in result.output and "dollars" not in result.output
+    assert "8 calls of judge: about" in result.output
     folder = tmp_path / "run/evaluation/arena"
     rows = annotate.read_jsonl(folder / "model_judgment/judge/direct-12.jsonl")
     assert len(rows) == 4 and all([g["score"] for g in row["games"]] == ["B>A", "A>>B"] for row in rows)
@@ -361,11 +361,9 @@ def test_if_all_calls_fail_nothing_is_kept(tmp_path: Path, arena: Any, judge: An
     assert annotate.read_jsonl(tmp_path / "run/evaluation/arena/model_judgment/judge/direct-12.jsonl") == []
 
 
-def test_the_price_is_said_before_paid_calls(arena: Any, judge: Any) -> None:
-    port = judge.server_port
-    result = arena(f"--arena-judge gpt-4.1 --arena-url http://127.0.0.1:{port}/v1 --category hard_prompt")
+def test_the_tokens_are_said_before_paid_calls(arena: Any) -> None:
     read = 2 * (len("Question 0?") + len(OURS) + len("# Theirs\n- base")) // 2
-    assert f"about {read} tokens in, 3,200 out, {(2 * read + 8 * 3200) / 1e6:.2f} dollars" in result.output
+    assert f"4 calls of judge: about {read} tokens in, 3,200 out" in arena("--category hard_prompt").output
 
 
 @pytest.mark.parametrize(("more", "says"), [
