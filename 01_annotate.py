@@ -1053,11 +1053,11 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
                 processes.append(subprocess.Popen([*command, "--port", str(port)], **how))
             urls.append(f"http://127.0.0.1:{port}/v1")
         endpoint = Endpoint(",".join(urls), key, model, retries=2)
-        endpoint.tokenizer = load_tokenizer(model)
         while endpoint.status() != 200:
             if any(process.poll() is not None for process in processes):
                 fail(f"vLLM ended in its start. The end of {log}:\n{log.read_text(errors='replace')[-1500:]}")
             time.sleep(0.3)
+        endpoint.tokenizer = load_tokenizer(model)
         yield endpoint
     finally:
         for process in processes:
