@@ -198,7 +198,7 @@ def test_gpus_are_counted_among_the_visible_ones(
 def test_each_replica_gets_its_entry_of_the_mask(tmp_path: Path, monkeypatch: Any) -> None:
     """Fault 4, in the environment of a real process; VLLM_ARGS come last, so that they count."""
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\necho "GPU $CUDA_VISIBLE_DEVICES" "$@"\nsleep 60\n')
+    program.write_text('#!/bin/sh\necho "GPU $CUDA_VISIBLE_DEVICES" "$@"\nexec sleep 60\n')
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
