@@ -32,6 +32,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -987,8 +988,9 @@ def mend_vllm() -> None:
     """Mend the LoRA layers of vLLM 0.32 on a CPU, where they copy an adapter's weights for each token.
 
     It makes judges up to three times faster. And where requests with and without an adapter are in one batch,
-    the latter no longer get one too.
+    the latter no longer get one too. The engine is forked, as on a GPU: spawned, it imports all once more.
     """
+    import vllm.v1.engine.utils
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     def expand(self: Any, y_TO: Any, x_TI: Any, weights: Any, start: int, size: int, **how: Any) -> None:
@@ -1004,6 +1006,7 @@ def mend_vllm() -> None:
         expand(self, y_TO, x_TI, weights, 0, y_TO.shape[1], scale=scale)
 
     PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = shrink, expand
+    vllm.v1.engine.utils.get_mp_context = partial(multiprocessing.get_context, "fork")
 
 
 @contextlib.contextmanager
@@ -1037,7 +1040,6 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
         command += ["--distributed-executor-backend", "uni"]
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command += shlex.split(os.environ.get("VLLM_ARGS", ""))
     logs.mkdir(parents=True, exist_ok=True)
@@ -1063,15 +1065,14 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
         for process in processes:
             process.terminate()
         for process in processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # an engine outlives a server that was killed
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-if __name__ == "__mp_main__":  # vLLM's engine, which its server below spawns
+if __name__ == "__main__" and sys.argv[1:2] == ["vllm"]:
     mend_vllm()
-elif __name__ == "__main__" and sys.argv[1:2] == ["vllm"]:
     del sys.argv[1]
     runpy.run_module(VLLM, run_name="__main__")
 elif __name__ == "__main__":

@@ -154,7 +154,7 @@ def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None,
 def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
 
-    Step 0 is the untrained base model; policies of one base share it. A new checkpoint costs its own only.
+    Step 0 is the untrained base model; policies of one base share it. Between first and last, half will do.
     """
     path, outputs = run / "evaluation" / "outputs.jsonl", {}
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
@@ -162,11 +162,12 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
     for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
         tokenizer = annotate.load_tokenizer(policy["model"])
         prompt = partial(annotate.policy_prompt, tokenizer)
-        fitting = {key: text for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]}
+        fitting = [(key, text) for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]]
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
             who = f"{name}:{step}" if step else f"{BASE}:{policy['model']}"
             about = {"policy": name if step else BASE, "step": step}
-            tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in fitting.items()}
+            some = fitting[:: 1 if step in (0, max(policy["checkpoints"])) else 2]
+            tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in some}
             if missing(path, tasks):
                 with servers.adapter(policy["model"], adapter) as served:
                     work = partial(write_output, policy, tokenizer, *served)
@@ -323,8 +324,7 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
             mean, low, high = by_step.mean(), by_step.min(), by_step.max()
             if f"{key}_interval" in rows and len(mean) == len(rows):
                 low, high = (rows[f"{key}_interval"].str[end].astype(float) for end in (0, 1))
-            style = {"color": COLOURS.get(key), "label": panels[label][key]}
-            (line,) = axis.plot(mean.index, mean, "o-", ms=4, **style)
+            (line,) = axis.plot(mean, "o-", ms=4, color=COLOURS.get(key), label=panels[label][key])
             axis.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, lw=0)
             axis.legend(loc="best", fontsize=8)
     figure.supxlabel("training step")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data; tests that use it skip where it is absent
@@ -21,6 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 rl = import_module("03_rl")
+
+
+two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks want two GPUs, or a CPU")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, annotate, command, descendants, living, rl, sft
+from conftest import ROOT, annotate, command, descendants, living, rl, sft, two_ranks
 from typer.testing import CliRunner
 
 RUN = Path("runs/test-smallest")
@@ -20,6 +20,7 @@ SIZES = "--judge-train 6 --judge-validation 3 --judge-test 3 --policy-train 6 --
 RL = "--steps 2 --prompts 2 --group 3 --max-tokens 16 --checkpoint-every 1"
 ONE = "--steps 1 --prompts 1 --group 2 --minibatches 1 --max-tokens"
 NAME = "reasoning-low-rubrics"
+GAP = 0.05 if torch.cuda.is_available() else 1e-3  # bfloat16 on a GPU, float32 on a CPU
 COMMANDS = [
     f"01_annotate.py --preset laptop --run {RUN} {SIZES} --pairs --efforts low,high --rubrics",
     f"02_train_judge.py --preset laptop --run {RUN} --no-reasoning --epochs 2 --batch 12",
@@ -63,7 +64,7 @@ def test_what_the_commands_left_behind(finished: list[Any]) -> None:
         key = "step" if path.name == "metrics.jsonl" else "id"
         assert len({r[key] for r in records}) == len(records) == counts.get(name, len(records)) > 0, path
         for r in records if path.name == "metrics.jsonl" and "policies" in name else ():
-            assert (r["logprob_gap"] or 0) < 1e-3, "trainer and sampler agree; None: every advantage was zero"
+            assert (r["logprob_gap"] or 0) < GAP, "trainer and sampler agree; None: every advantage was zero"
     for name in ("direct-sft", f"{NAME}-sft", f"{NAME}-rl", "direct-pairwise-sft"):
         folder, judge = sft.find_judge(RUN, name)
         assert (folder / judge["adapter"]).exists() and judge["rubrics"] == (NAME in name)
@@ -71,6 +72,8 @@ def test_what_the_commands_left_behind(finished: list[Any]) -> None:
     policies = {path.parent.name: json.loads(path.read_text()) for path in RUN.glob("policies/*/policy.json")}
     assert {name: policy["judge"] for name, policy in policies.items()} == used
     assert len(list(RUN.glob("policies/direct/checkpoints/step-00000[12]/adapter_model.safetensors"))) == 2
+    points = json.loads((RUN / "evaluation/gold.json").read_text())["curves"]["direct"]
+    assert [(point["step"], point["n"]) for point in points] == [(0, 3), (1, 2), (2, 3)]  # half in between
     assert not [path for name in ("served", "*.part", "unfinished") for path in RUN.rglob(name)]
 
 
@@ -106,6 +109,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | N
         time.sleep(0.1)
 
 
+@two_ranks
 def test_killed_and_resumed(finished: list[Any], tmp_path: Path) -> None:
     """kill -9 of a command with two ranks and two servers; then of another's server. No process is left, the
     same command resumes each time, and the end is that of an uninterrupted run."""
@@ -136,7 +140,7 @@ def test_killed_and_resumed(finished: list[Any], tmp_path: Path) -> None:
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     for m in metrics:
         assert sorted(m["prompt_ids"]) == sorted(r["id"] for r in rl.prompts_of_step(rows, m["step"], 2, 0))
-        assert m["rollouts"] == 6 and (m["logprob_gap"] or 0) < 1e-3
+        assert m["rollouts"] == 6 and (m["logprob_gap"] or 0) < GAP
     records = annotate.read_jsonl(folder / "rollouts.jsonl")
     assert len({r["id"] for r in records}) == len(records) == 24
     state = torch.load(folder / "state-000004" / "optimizer.pt", weights_only=True)["state"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED, annotate, command
+from conftest import SHARED, annotate, command, two_ranks
 from stub import stub
 
 
@@ -50,6 +50,7 @@ def preference(number: int) -> dict[str, Any]:
     return {"id": str(number), "prompt": user["content"], "source": source, **chats}
 
 
+@two_ranks
 def test_the_gpu_preset_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = tiny(tmp_path / "judge", "qwen3", qwen3_tokenizer(annotate.load_tokenizer(annotate.LAPTOP_MODEL)))
     policy = tiny(tmp_path / "policy", "llama", annotate.load_tokenizer(annotate.LAPTOP_MODEL))

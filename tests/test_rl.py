@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import annotate, rl, sft
+from conftest import annotate, rl, sft, two_ranks
 from test_annotate import ASKED
 from test_train_judge import random_llama, random_pairs, reference_logprobs, write_run
 from typer.testing import CliRunner
@@ -197,6 +197,7 @@ def updates(folder: Path) -> None:
     torch.save(found, folder / f"{ranks}-{rank}.pt")
 
 
+@two_ranks
 def test_ranks_take_the_same_step(tmp_path: Path, monkeypatch: Any) -> None:
     """Groups of different weight, one of them flat, dealt to two ranks; then none at all for the second."""
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)
@@ -254,7 +255,7 @@ def loop(folder: Path, options: dict[str, Any]) -> None:
     annotate.write_json(folder / name, [sampler.asked, minibatches])
 
 
-@pytest.mark.parametrize("gpus", ["0", "0,1"])
+@pytest.mark.parametrize("gpus", ["0", pytest.param("0,1", marks=two_ranks)])
 def test_the_loop(tmp_path: Path, gpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step samples from the adapter of that step; ranks split each minibatch; a resumed run is whole."""
     monkeypatch.setattr(rl, "fail", None)

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import annotate, sft
+from conftest import annotate, sft, two_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from stub import stub
@@ -270,6 +270,7 @@ def write_run(run: Path) -> dict[str, Any]:
     return {**FROZEN["options"], "model": str(run / "model"), "seed": 0}
 
 
+@two_ranks
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     """Same losses and gradients; uneven shares (2 and 3 of 5); too long examples are left out."""
     options = {**write_run(tmp_path), "batch": 5, "epochs": 1, "max_thinking": 16}
@@ -290,6 +291,7 @@ def fail_on_the_second() -> None:
     sft.over_ranks([0])  # would wait for ever
 
 
+@two_ranks
 def test_an_error_in_one_rank_ends_all() -> None:
     began = time.perf_counter()
     with pytest.raises(SystemExit) as end:
