@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -250,18 +251,22 @@ class Pack:
 
     ids_S: list[int]
     positions_S: list[int]
-    branches_S: list[int]  # 0: the prefix
+    starts: list[int]  # where each branch begins
     sources_A: list[int]
     targets_A: list[int]
     owners_A: list[int]
 
 
 def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
-    """Pack `pairs`, in order, into forward passes of at most `budget` tokens (one pair may exceed it)."""
+    """Pack `pairs`, in order, into forward passes of at most `budget` tokens (one pair may exceed it).
+
+    A pair joins those before it where that costs no more tokens than a new pass.
+    """
     members: list[int] = []
     for index in range(len(pairs)):
-        packed = build_pack(pairs, [*members, index])
-        if members and len(packed.ids_S) > budget:
+        parts = members, [index], [*members, index]
+        before, alone, both = (len(build_pack(pairs, part).ids_S) if part else 0 for part in parts)
+        if members and both > min(budget, before + alone):
             yield build_pack(pairs, members)
             members = []
         members.append(index)
@@ -273,14 +278,14 @@ def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
     prompts = [pairs[i][0] for i in members]
     first, last = min(prompts), max(prompts)  # in dictionary order: what these share, all share
     prefix = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    result = Pack(first[:prefix], list(range(prefix)), [0] * prefix, [], [], [])
-    for branch, index in enumerate(members, 1):
+    result = Pack(first[:prefix], list(range(prefix)), [], [], [], [])
+    for index in members:
         prompt, answer = pairs[index]
+        result.starts.append(len(result.ids_S))
         first = len(result.ids_S) + len(prompt) - prefix  # of the answer; its predictor is one before
         tokens = [*prompt[prefix:], *answer[:-1]]  # nothing follows the last token, so it is not fed
         result.ids_S += tokens
         result.positions_S += range(prefix, prefix + len(tokens))
-        result.branches_S += [branch] * len(tokens)
         result.sources_A.append(first - 1 if len(prompt) > prefix else prefix - 1)
         result.sources_A += range(first, first + len(answer) - 1)
         result.targets_A += answer
@@ -294,15 +299,34 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0) -> Any:
     Only answer positions go through the vocabulary: most tokens of a judge's prompt are not answers.
     """
     import torch
+    from transformers import AttentionInterface
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    lists = packed.ids_S, packed.positions_S, packed.branches_S, packed.sources_A, packed.targets_A
-    ids_S, positions_S, branch_S, sources_A, targets_A = (torch.tensor(x, device=base.device) for x in lists)
-    sees_SS = ((branch_S[:, None] == branch_S) | (branch_S == 0)).tril()
-    how = {"position_ids": positions_S[None], "attention_mask": sees_SS[None, None], "use_cache": False}
+    AttentionInterface.register("by_branch", attend_by_branch)
+    base.set_attn_implementation("by_branch")
+    lists = packed.ids_S, packed.positions_S, packed.sources_A, packed.targets_A
+    ids_S, positions_S, sources_A, targets_A = (torch.tensor(x, device=base.device) for x in lists)
+    how = {"position_ids": positions_S[None], "use_cache": False, "starts": packed.starts}
     hidden_SD = base.model(input_ids=ids_S[None], **how).last_hidden_state[0]
-    logits_AV = base.lm_head(hidden_SD[sources_A]).float() / temperature
-    return logits_AV.gather(1, targets_A[:, None])[:, 0] - logits_AV.logsumexp(1)
+    logits_AV = base.lm_head(hidden_SD[sources_A] / temperature).float()
+    return -torch.nn.functional.cross_entropy(logits_AV, targets_A, reduction="none")
+
+
+def attend_by_branch(
+    module: Any, q_1HSK: Any, k_1GSK: Any, v_1GSK: Any, mask: Any, starts: Sequence[int] = (), **how: Any
+) -> Any:
+    """transformers' attention, branch by branch of a `Pack`: none pays for looking at the others."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    outputs, edges = [], [0, *starts, q_1HSK.shape[2]]
+    for start, end in ((start, end) for start, end in pairwise(edges) if start < end):
+        prefix = starts[0] if start else 0
+        k_1GTK, v_1GTK = (torch.cat([x[:, :, :prefix], x[:, :, start:end]], 2) for x in (k_1GSK, v_1GSK))
+        sees_ST = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=q_1HSK.device)
+        more = {**how, "attention_mask": sees_ST.tril(prefix)[None, None]}
+        outputs.append(sdpa_attention_forward(module, q_1HSK[:, :, start:end], k_1GTK, v_1GTK, **more)[0])
+    return torch.cat(outputs, 1), None
 
 
 def check_forward(model: Any, name: str) -> None:
@@ -310,10 +334,10 @@ def check_forward(model: Any, name: str) -> None:
     import torch
 
     base, prompt, answers = model.get_base_model(), list(range(20, 40)), ([41, 42, 43, 44], [51, 52, 53, 54])
-    with torch.no_grad():
-        (ours_A,) = (answer_logprobs(model, packed) for packed in pack([(prompt, a) for a in answers], 512))
+    with torch.no_grad():  # its own first, for `answer_logprobs` sets our attention
         ids_BS = torch.tensor([prompt + answer for answer in answers], device=base.device)
         logits_BAV = base(ids_BS).logits[:, len(prompt) - 1 : -1].float()
+        (ours_A,) = (answer_logprobs(model, packed) for packed in pack([(prompt, a) for a in answers], 512))
     own_A = logits_BAV.log_softmax(-1).gather(2, ids_BS[:, len(prompt) :, None]).flatten()
     exact = torch.allclose(ours_A, own_A, atol=1e-3 if base.dtype == torch.float32 else 0.3)
     if not exact or getattr(base.config, "sliding_window", None):

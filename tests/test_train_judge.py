@@ -180,6 +180,8 @@ def test_a_shared_prompt_is_paid_for_once() -> None:
     pairs = [([1] * 50, [2] * 10) for _ in range(8)]
     assert [len(p.ids_S) for p in sft.pack(pairs, budget=1000)] == [50 + 8 * 9]
     assert [len(p.ids_S) for p in sft.pack(pairs, budget=100)] == [50 + 5 * 9, 50 + 3 * 9]
+    groups = [([1] * 5 + [i] * 20, [2] * 3) for i in (3, 3, 4, 4)]
+    assert [len(p.ids_S) for p in sft.pack(groups, budget=1000)] == [25 + 2 * 2] * 2  # in one: 5 + 4 * 22
     strangers = [([i] * 5, [2] * 3) for i in range(4)]
     assert sum(len(p.ids_S) for p in sft.pack(strangers, budget=1000)) == 4 * 7
 
