@@ -988,7 +988,7 @@ def mend_vllm() -> None:
     """Mend the LoRA layers of vLLM 0.32 on a CPU, where they copy an adapter's weights for each token.
 
     It makes judges up to three times faster. And where requests with and without an adapter are in one batch,
-    the latter no longer get one too. The engine is forked, as on a GPU: spawned, it imports all once more.
+    the latter no longer get one too. The engine is forked, as on a GPU: spawned, it imports all again.
     """
     import vllm.v1.engine.utils
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -1006,7 +1006,8 @@ def mend_vllm() -> None:
         expand(self, y_TO, x_TI, weights, 0, y_TO.shape[1], scale=scale)
 
     PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = shrink, expand
-    vllm.v1.engine.utils.get_mp_context = partial(multiprocessing.get_context, "fork")
+    if sys.platform == "linux":  # the libraries of macOS do not survive a fork
+        vllm.v1.engine.utils.get_mp_context = partial(multiprocessing.get_context, "fork")
 
 
 @contextlib.contextmanager
