@@ -154,7 +154,7 @@ def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None,
 def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
 
-    Step 0 is the untrained base model; policies of one base share it. Between first and last, half will do.
+    Step 0 is the base model, once for all its policies. Between first and last: every other instruction.
     """
     path, outputs = run / "evaluation" / "outputs.jsonl", {}
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
