@@ -26,6 +26,7 @@ Names carry their shape where it matters: P prompts, G rollouts of a prompt, T t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -638,8 +639,7 @@ def read_jsonl(path: Path, needs: Iterable[str] = ()) -> list[Row]:
 
     Damage elsewhere, or a record without the fields `needs`, ends the command with file and line.
     """
-    records = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    records, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -699,9 +699,8 @@ def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str,
     pool = ThreadPoolExecutor(threads)
 
     def one(key: str) -> None:
-        record = {**work(tasks[key]), "id": key}
-        append_jsonl(path, record)  # at once: an answer that has come is never asked for again
-        done[key] = record
+        done[key] = {**work(tasks[key]), "id": key}
+        append_jsonl(path, done[key])  # at once: an answer that has come is never asked for again
 
     try:
         futures = [pool.submit(one, key) for key in tasks if key not in done]
@@ -862,8 +861,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        hint = " Run: make setup." if model == LAPTOP_MODEL else ""
-        fail(f"model {model}: its tokenizer can not be loaded ({str(error).splitlines()[0]}).{hint}")
+        fail(f"model {model}: no tokenizer ({str(error).splitlines()[0]}). For the laptop's: make setup")
 
 
 def context_length(model: str) -> int:
@@ -987,8 +985,8 @@ VLLM = "vllm.entrypoints.openai.api_server"
 def mend_vllm() -> None:
     """Mend the LoRA layers of vLLM 0.32 on a CPU, where they copy an adapter's weights for each token.
 
-    It makes judges up to three times faster. And where requests with and without an adapter are in one batch,
-    the latter no longer get one too. The engine is forked, as on a GPU: spawned, it imports all again.
+    Judges get up to three times faster, and requests without an adapter, in one batch with others, no longer
+    get one. The engine is forked, as on a GPU, for speed.
     """
     import vllm.v1.engine.utils
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -1006,8 +1004,10 @@ def mend_vllm() -> None:
         expand(self, y_TO, x_TI, weights, 0, y_TO.shape[1], scale=scale)
 
     PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = shrink, expand
-    if sys.platform == "linux":  # the libraries of macOS do not survive a fork
+    if sys.platform == "linux":  # macOS's libraries do not survive a fork
         vllm.v1.engine.utils.get_mp_context = partial(multiprocessing.get_context, "fork")
+        # PR_SET_PDEATHSIG: an engine that outlived its server would hold its port
+        os.register_at_fork(after_in_child=partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL))
 
 
 @contextlib.contextmanager
@@ -1024,24 +1024,24 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
     # distribution sampled from; a generation config of the model's would add top-k and top-p of its own.
     command = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     command += [sys.executable, *(["-m", VLLM] if on_gpu else [__file__, "vllm"]), "--model", model]
-    command += ["--max-model-len", str(max_len), "--load-format", "safetensors"]
-    command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--host", "127.0.0.1"]
+    command += f"--max-model-len {max_len} --load-format safetensors --host 127.0.0.1".split()
+    command += "--logprobs-mode processed_logprobs --generation-config vllm".split()
     if lora:
-        command += ["--enable-lora", "--max-lora-rank", str(lora["rank"]), "--max-loras", str(lora["count"])]
+        command += f"--enable-lora --max-lora-rank {lora['rank']} --max-loras {lora['count']}".split()
         command += ["--lora-target-modules", *lora["modules"]]
     command += ["--reasoning-parser", "openai_gptoss"] if "gpt-oss" in model else []
-    os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1"]))
+    os.environ["no_proxy"] = f"127.0.0.1,{os.environ.get('no_proxy', '')}"
     environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_SYSTEM_START_DATE": "2025-08-05"}  # gpt-oss states it
     if on_gpu:
         command += ["--gpu-memory-utilization", f"{memory:.3f}"]
     else:
-        # float32: bfloat16 is slow on most CPUs. One process, no core kept aside, and blocks of 32 tokens
-        # (most prompts here are shorter than the default 128): twice as fast on two cores.
-        command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-        command += ["--distributed-executor-backend", "uni"]
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        # float32: bfloat16 is slow on most CPUs. No worker beside the engine (it would be spawned, unmended),
+        # no core kept aside, blocks of 32 tokens (most prompts are below the default 128): twice as fast.
+        command += "--distributed-executor-backend uni --dtype float32".split()
+        command += "--enforce-eager --block-size 32".split()
+        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command += shlex.split(os.environ.get("VLLM_ARGS", ""))
     logs.mkdir(parents=True, exist_ok=True)
     urls, processes = [], []

@@ -174,10 +174,10 @@ def test_a_killed_server_leaves_no_engine(tmp_path: Path) -> None:
     with annotate.serve(annotate.LAPTOP_MODEL, tmp_path, 512) as endpoint:
         (leader,) = processes_naming(f"--port\0{endpoint.url.split(':')[2].split('/')[0]}")
         engines = descendants(leader)
-        os.kill(leader, signal.SIGKILL)
         assert any(map(living, engines))
-    time.sleep(0.5)
-    assert not any(map(living, engines))
+        os.kill(leader, signal.SIGKILL)
+        time.sleep(0.5)
+        assert not any(map(living, engines))
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
