@@ -861,7 +861,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        fail(f"model {model}: no tokenizer ({str(error).splitlines()[0]}). For the laptop's: make setup")
+        fail(f"model {model}: no tokenizer ({str(error).splitlines()[0]}). The laptop's: make setup")
 
 
 def context_length(model: str) -> int:
@@ -986,7 +986,7 @@ def mend_vllm() -> None:
     """Mend the LoRA layers of vLLM 0.32 on a CPU, where they copy an adapter's weights for each token.
 
     Judges get up to three times faster, and requests without an adapter, in one batch with others, no longer
-    get one. The engine is forked, as on a GPU, for speed.
+    get one. The engine is forked, as on a GPU.
     """
     import vllm.v1.engine.utils
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
