@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/bench_steps.py [--root FOLDER]
 
-`--root`: another checkout of this repository. Compare two only where their runs alternate.
+`--root`: another checkout of this repository, timed on the same tokens. Compare where runs alternate.
 """
 
 import random
@@ -17,7 +17,38 @@ from typing import Any
 import torch
 import typer
 
+HERE = Path(__file__).resolve().parents[1]
 Pair = tuple[list[int], list[int]]
+
+
+def make_batches(steps: int, seed: int) -> dict[str, tuple[int, list[list[Pair]]]]:
+    """name -> (tokens of a forward pass, the (prompt, answer) pairs of each step), as the demo has them."""
+    annotate, sft = import_module("01_annotate"), import_module("02_train_judge")
+    tokenizer, rng = annotate.load_tokenizer(annotate.LAPTOP_MODEL), random.Random(seed)
+    texts = [annotate.TEMPLATE.format(topic=t, word=w) for t in annotate.TOPICS for w in annotate.WORDS]
+
+    def judged(text: str, reasoning: bool) -> Pair:
+        output = annotate.make_candidate(text, rng)
+        label, thinking = annotate.oracle(text, output)
+        prompt = sft.judge_prompt(tokenizer, annotate.judge_messages(text, output), reasoning)
+        return prompt, sft.judge_answer(tokenizer, label, thinking if reasoning else None)
+
+    def sampled(text: str) -> list[Pair]:
+        """Six rollouts: candidates of 01 stand for them."""
+        outputs = [annotate.make_candidate(text, rng) for _ in range(6)]
+        return [(annotate.policy_prompt(tokenizer, text), annotate.encode(tokenizer, o)) for o in outputs]
+
+    def examples(reasoning: bool) -> list[list[Pair]]:
+        return [[judged(text, reasoning) for text in sorted(rng.sample(texts, 8))] for _ in range(steps)]
+
+    return {
+        "SFT, 8 reasoning examples": (1024, examples(True)),
+        "SFT, 8 direct examples": (1024, examples(False)),
+        "GRPO, 24 rollouts": (
+            512,
+            [[p for t in rng.sample(texts, 4) for p in sampled(t)] for _ in range(steps)],
+        ),
+    }
 
 
 def median_step(sft: Any, model: Any, batches: Sequence[Sequence[Pair]], budget: int) -> float:
@@ -34,31 +65,17 @@ def median_step(sft: Any, model: Any, batches: Sequence[Sequence[Pair]], budget:
     return statistics.median(seconds[1:])
 
 
-def main(root: Path = Path(__file__).resolve().parents[1], steps: int = 4, seed: int = 0) -> None:
+def main(root: Path = HERE, steps: int = 5, seed: int = 0) -> None:
+    sys.path.insert(0, str(HERE))
+    batches, model = make_batches(steps, seed), import_module("01_annotate").LAPTOP_MODEL
+    modules = import_module("02_train_judge").modules_of("laptop")
+    for name in ("01_annotate", "02_train_judge"):
+        del sys.modules[name]
     sys.path.insert(0, str(root))
-    annotate, sft = import_module("01_annotate"), import_module("02_train_judge")
-    tokenizer, rng = annotate.load_tokenizer(annotate.LAPTOP_MODEL), random.Random(seed)
-    texts = [annotate.TEMPLATE.format(topic=t, word=w) for t in annotate.TOPICS for w in annotate.WORDS]
-
-    def judged(text: str, reasoning: bool) -> Pair:
-        output = annotate.make_candidate(text, rng)
-        label, thinking = annotate.oracle(text, output)
-        prompt = sft.judge_prompt(tokenizer, annotate.judge_messages(text, output), reasoning)
-        return prompt, sft.judge_answer(tokenizer, label, thinking if reasoning else None)
-
-    def sampled(text: str, group: int = 6) -> list[Pair]:
-        """The rollouts of an instruction: candidates of 01 stand for them."""
-        prompt = annotate.policy_prompt(tokenizer, text)
-        return [
-            (prompt, annotate.encode(tokenizer, annotate.make_candidate(text, rng))) for _ in range(group)
-        ]
-
-    model = sft.load_model(annotate.LAPTOP_MODEL, None, 16, sft.modules_of("laptop"))
-    for name, reasoning in (("SFT, 8 reasoning examples", True), ("SFT, 8 direct examples", False)):
-        batches = [[judged(t, reasoning) for t in sorted(rng.sample(texts, 8))] for _ in range(steps + 1)]
-        print(f"{name}: {median_step(sft, model, batches, 1024):.1f} s", flush=True)
-    batches = [[p for t in rng.sample(texts, 4) for p in sampled(t)] for _ in range(steps + 1)]
-    print(f"GRPO, 24 rollouts of a policy: {median_step(sft, model, batches, 512):.1f} s")
+    sft = import_module("02_train_judge")
+    policy = sft.load_model(model, None, 16, modules)
+    for name, (budget, some) in batches.items():
+        print(f"{name}: {median_step(sft, policy, some, budget):.1f} s", flush=True)
 
 
 if __name__ == "__main__":
