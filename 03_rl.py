@@ -17,7 +17,7 @@ A step, as in nearly every RL of language models today:
  5. publish     the adapter to the server under a new name; base weights never move
 
 Simpler than the paper, and why:
- 1. LoRA, at 100 times the learning rate and more: publishing is a file of some megabytes.
+ 1. LoRA, at a higher learning rate: publishing is a file of some megabytes.
  2. The old log-probabilities of eq. 2 are the sampler's own: they belong to the distribution that the
     rollouts came from, and cost no forward pass. `logprob_gap` is their distance from the trainer's.
  3. A rollout cut off at its length limit is judged and trained on like any other.
@@ -545,7 +545,7 @@ def train_judge(
     prompts: Prompts = 4,
     group: Group = 6,
     minibatches: Minibatches = 2,
-    lr: Rate = 3e-5,
+    lr: Rate = 3e-6,
     temperature: Temperature = 1.0,
     max_tokens: MaxTokens = 96,
     std_floor: StdFloor = 0.1,
