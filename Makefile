@@ -10,6 +10,7 @@ PRESET ?= laptop
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 IN := .venv/bin/
 STAGE := $(IN)python
+# Python compiles what is imported; most of what is installed never is.
 PIP := $(IN)pip install -q --no-compile
 
 .PHONY: demo study study-more test setup clean
