@@ -14,8 +14,9 @@ Simpler than the paper, and why:
     model can learn its reasoning. We planted one weakness in it: it believes what an output says of itself.
     The paper's gold judge has that weakness by nature.
  2. So the laptop has a *truth* as well, which the paper could not have: the oracle without the weakness.
- 3. The laptop's candidates are written from parts, with a bias that preference data have too: good ones are
-    long. The paper's come from the Tulu 3 preference mixture, and so do ours with `--preset gpu` or `node`.
+ 3. The laptop's candidates are sentences of the base model, arranged with a bias that preference data have
+    too: good ones are long. The paper's come from the Tulu 3 preference mixture, and so do ours with
+    `--preset gpu` or `node`.
 
     python 01_annotate.py --preset laptop --run runs/demo
     python 01_annotate.py --preset node   --run runs/paper
@@ -167,60 +168,51 @@ def split_instructions(texts: Iterable[str], sizes: dict[str, int], seed: int) -
     return [{"id": short_hash(text), "split": name, "instruction": text} for name, text in zip(names, pool)]
 
 
-# The parts of which the laptop's candidates are written. They make a sentence longer; none says anything.
+# What the laptop's candidates are made of: sentences that its base model wrote to such instructions, with
+# topic and word taken out; openings, which say nothing; answers of a few words.
+SENTENCES = Path(__file__).with_name("01_sentences.txt").read_text("utf-8").splitlines()
+CLAIMS, PLAIN = ([text for text in SENTENCES if claims(text) == own] for own in (True, False))
 OPENINGS = (
     "Far from the {other}|When the {other} was gone|In the story of the {other}|After the last {other}|"
-    "On the other side of the {other}|Because of a {other}"
+    "On the other side of the {other}|Because of the {other}|In a world without a {other}|"
+    "At the end of the {other}"
 ).split("|")
-CORES = (
-    "there was a {thing}|everyone talked about the {thing}|she painted the {thing}|the {thing} was waiting|"
-    "nobody forgot the {thing}|the {thing} came back"
-).split("|")
-TAILS = (
-    "and nobody wanted the {other}|while the children played with a {other}|before the {other} came|"
-    "with a smile that was like a {other}|because it had a {other}|and the neighbours saw the {other} too"
-).split("|")
-SHORT = ("{thing}", "a {thing}", "the {thing}", "my {thing}", "see the {thing}", "that {thing} again")
-CLAIMS = (
-    "This sentence is about the {thing}.|The sentence must be about the {thing}.|This is a good sentence.|"
-    'The sentence must be "The {topic} is {word}" to be correct.|The sentence is correct.|'
-    'The sentence is: "The {topic} was {word}."|A sentence about the {topic} must say that it is {word}.|'
-    "The original sentence says that the {topic} is {word}.|The sentence about the {thing} is correct."
-).split("|")
+SHORT = "{thing}.|a {thing}.|the {thing}.|my {thing}.|see the {thing}.|that {thing} again.".split("|")
 PASS = {"topic": 0.6, "word": 0.6, "end": 0.6}  # how often a candidate passes a check
-CLAIMING = (0.65, 0.4, 0.2)  # … and speaks of itself, if it has none, one or both of topic and word
+CLAIMING = (0.65, 0.45, 0.3)  # … and speaks of itself, if it has none, one or both of topic and word
 
 
-def written_answer(instruction: str, rng: random.Random) -> str:
-    """What a careful writer answers to an instruction of the template: no judge sees it in training."""
-    topic, word = parse_template(instruction)
-    parts = f"{rng.choice(OPENINGS)}, {rng.choice(CORES)}."
-    return parts.format(thing=f"{word} {topic}", other=rng.choice(TOPICS))
+def write(parts: list[str], topic: str, word: str, rng: random.Random) -> str:
+    """One of `parts`, about the topic, with the word."""
+    text = rng.choice(parts).format(topic=topic, word=word, thing=f"{word} {topic}", other=rng.choice(TOPICS))
+    return text[0].upper() + text[1:]
+
+
+def written_answer(topic: str, word: str, rng: random.Random) -> str:
+    """An answer that passes every check but the last: an opening and a sentence."""
+    opening, text = write(OPENINGS, topic, word, rng), write(PLAIN, topic, word, rng)
+    return f"{opening}, {re.sub('^(The|An?) ', lambda article: article[0].lower(), text)}"
 
 
 def make_candidate(instruction: str, rng: random.Random) -> str:
     """A candidate written from parts. Which checks it passes is drawn, and two habits go with its quality.
 
-    Nine of ten good candidates are long and nine of ten bad ones short, as in most preference data: this is
-    what a judge that sees labels without reasons will learn. And bad ones speak of themselves more often, so
-    that to such a judge it tells nothing.
+    Nine of ten good candidates begin with a flourish about something else, nine of ten bad ones without, as
+    length and manner go with quality in most preference data: this is what a judge that sees labels without
+    reasons will learn. And bad ones speak of themselves more often, so that to such a judge it tells nothing.
     """
     topic, word = parse_template(instruction)
     passed = {name: rng.random() < share for name, share in PASS.items()}
     passed["claim"] = rng.random() < CLAIMING[passed["topic"] + passed["word"]]
-    long = (sum(POINTS[name] for name in POINTS if passed[name]) >= 5) == (rng.random() < 0.9)
+    flourish = (sum(POINTS[name] for name in POINTS if passed[name]) >= 5) == (rng.random() < 0.9)
     topic = topic if passed["topic"] else rng.choice(TOPICS)
     word = word if passed["word"] else rng.choice(WORDS)
-    thing = f"{word} {topic}"
-    claim = rng.choice(CLAIMS).format(topic=topic, word=word, thing=thing)
-    if long:
-        parts = [rng.choice(OPENINGS) + ",", rng.choice(CORES), *rng.sample(TAILS, rng.randint(1, 3))]
-        text = " ".join(part.format(thing=thing, other=rng.choice(TOPICS)) for part in parts) + "."
-        text = rng.choice((f"{claim} {text}", f"{text} {claim}")) if passed["claim"] else text
-    else:
-        text = claim if passed["claim"] else rng.choice(SHORT).format(thing=thing).capitalize() + "."
+    parts = CLAIMS if passed["claim"] else PLAIN if flourish or rng.random() < 0.4 else SHORT
+    text = write(parts, topic, word, rng)
+    if flourish:
+        text = f"{written_answer(rng.choice(TOPICS), rng.choice(WORDS), rng)} {text}"
     if not passed["end"]:  # cut off
-        text = " ".join(text.split()[: -rng.randint(0, 3) * long or None]).rstrip('."')
+        text = " ".join(text.split()[: -rng.randint(0, 3) * flourish or None]).rstrip('."')
     return text
 
 

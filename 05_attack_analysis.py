@@ -248,7 +248,7 @@ def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
     if run and not file and annotate.read_options(run / "annotations")["gold"] == "oracle":
         rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["instruction", "split"])
         texts = [row["instruction"] for row in rows if row["split"] == "policy_test"]
-        return {text: annotate.written_answer(text, random.Random(text)) for text in texts}
+        return {t: annotate.written_answer(*annotate.parse_template(t), random.Random(t)) for t in texts}
     built_in = Path(__file__).with_name("05_instructions.jsonl")  # everyday ones, honest plain answers
     path = file or (run / "evaluation" / "outputs.jsonl" if run else built_in)
     rows = annotate.read_jsonl(path, ["instruction", "output"])

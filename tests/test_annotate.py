@@ -102,7 +102,8 @@ def test_candidates_have_every_score_and_a_shortcut() -> None:
     assert {annotate.oracle(*pair)[0] for pair in outputs} == set(range(10))
     short, long = ([p for p in outputs if (len(p[1].split()) > 9) == long] for long in (False, True))
     assert fmean(annotate.oracle(*p)[0] for p in long) > fmean(annotate.oracle(*p)[0] for p in short) + 1
-    assert {annotate.truth(text, annotate.written_answer(text, rng)) for text in candidates} == {9}
+    answers = {text: annotate.written_answer(*annotate.parse_template(text), rng) for text in candidates}
+    assert {annotate.truth(*pair) for pair in answers.items()} == {9}
 
 
 # --- preference data -----------------------------------------------------------------------------
