@@ -23,7 +23,7 @@ annotate, evaluate = import_module("01_annotate"), import_module("04_evaluate")
 SCRIPTS = sorted(ROOT.glob("0*.py"))
 # Lines, as ruff formats them: what the second version reached. The first had 7,556 in this layout; the
 # design's aim is 2,900 (800, 480, 540, 580, 580) and 145 KB. Lower these with every cut, never raise them.
-LIMITS = dict(zip(("01", "02", "03", "04", "05"), (1080, 717, 647, 748, 583)))
+LIMITS = dict(zip(("01", "02", "03", "04", "05"), (1072, 717, 647, 748, 583)))
 
 
 def test_the_scripts_can_be_read_in_an_afternoon() -> None:
