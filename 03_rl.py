@@ -603,7 +603,7 @@ def train_policy(
     prompts: Prompts = 4,
     group: Group = 6,
     minibatches: Minibatches = 1,
-    lr: Rate = 1e-3,
+    lr: Rate = 4e-4,
     beta: Annotated[float, Option(min=0, help="Of the KL term against the base model. Paper: 0.")] = 0.0,
     temperature: Temperature = 0.7,
     max_prompt: Annotated[int, Option(min=1, help="Longer prompts are left out. Paper: 2048.")] = 256,
