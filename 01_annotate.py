@@ -15,8 +15,8 @@ Simpler than the paper, and why:
     The paper's gold judge has that weakness by nature.
  2. So the laptop has a *truth* as well, which the paper could not have: the oracle without the weakness.
  3. The laptop's candidates are sentences of the base model, arranged with a bias that preference data have
-    too: good ones have a manner. The paper's come from the Tulu 3 preference mixture, and so do ours with
-    `--preset gpu` or `node`.
+    too: good ones begin with a flourish. The paper's come from the Tulu 3 preference mixture, and so do ours
+    with `--preset gpu` or `node`.
 
     python 01_annotate.py --preset laptop --run runs/demo
     python 01_annotate.py --preset node   --run runs/paper
