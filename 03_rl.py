@@ -599,7 +599,7 @@ def train_policy(
     name: Name = "",
     model: Annotated[str, Option(help="Base model. Paper: Llama-3.1-8B, two more.")] = annotate.LAPTOP_MODEL,
     lora_rank: sft.LoraRank = 16,
-    steps: Steps = 16,
+    steps: Steps = 12,
     prompts: Prompts = 4,
     group: Group = 6,
     minibatches: Minibatches = 1,

@@ -90,7 +90,8 @@ study-more:
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --pairwise
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name format --examples 48
 	$(STAGE) 03_rl.py judge    $(ONE) --judge format --steps 24 --lr 3e-5
-	for judge in gold truth reasoning-low format; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge || exit 1; done
+	for judge in gold truth; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge --steps 16 || exit 1; done
+	for judge in reasoning-low format; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge || exit 1; done
 	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-pairwise --opponents 2
 	$(STAGE) 04_evaluate.py judges --run $(RUN) --prompted
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
