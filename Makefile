@@ -12,6 +12,8 @@ IN := .venv/bin/
 STAGE := $(IN)python
 # Python compiles what is imported; most of what is installed never is.
 PIP := $(IN)pip install -q --no-compile
+# It must keep the result, or each start of a server takes half a minute more; containers often forbid it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo study study-more test setup clean
 .NOTPARALLEL:
