@@ -216,7 +216,7 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     return text
 
 
-def template_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str, list[str]]]:
+def template_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]:
     """(instructions with their splits, instruction -> candidates) of the laptop's miniature."""
     texts = [TEMPLATE.format(topic=topic, word=word) for topic in TOPICS for word in WORDS]
     rows = split_instructions(texts, {split: options[split] for split in SPLITS}, options["seed"])
@@ -238,7 +238,7 @@ def last_answer(turns: Any, prompt: str) -> str | None:
         return None
 
 
-def preference_outputs(options: Options, run: Path) -> tuple[list[Row], dict[str, list[str]]]:
+def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]:
     """(instructions with their splits, instruction -> one or two candidates) from the data set `--data`.
 
     `--data` is a hub id, or a JSONL file with the columns of the Tulu 3 preference mixture. Candidates come
@@ -525,7 +525,7 @@ def main(
     gold_tokens: Annotated[int, Option(min=1, help="New tokens of a gold judgement. Paper: 8192.")] = 1024,
     gold_effort: Annotated[Effort, Option(help="Reasoning effort of gpt-oss. Paper: high.")] = Effort.none,
     data: Annotated[str, Option(help="'template', a hub data set, or a JSONL file like it.")] = "template",
-    policy_model: Annotated[str, Option(help="Base model of the policies.")] = LAPTOP_MODEL,
+    policy_model: Annotated[str, Option(help="Of stage 3; tried here, before any cost.")] = LAPTOP_MODEL,
     judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 96,
     judge_validation: Annotated[int, Option(min=1, help="… for choosing a judge's epoch.")] = 10,
     judge_test: Annotated[int, Option(min=1, help="… for testing judges. Paper: 738 outputs.")] = 20,
@@ -556,7 +556,7 @@ def main(
 
     # 1. Instructions and candidate outputs.
     if not (folder / "outputs.jsonl").exists():
-        rows, texts = (template_outputs if data == "template" else preference_outputs)(options, run)
+        rows, texts = (template_outputs if data == "template" else preference_outputs)(options)
         write_jsonl(folder / "instructions.jsonl", rows)
         judged = [(row, n, text) for row in rows for n, text in enumerate(texts.get(row["instruction"], ()))]
         records = ({**row, "id": f"{row['id']}-{n}", "output": text} for row, n, text in judged)
@@ -906,14 +906,14 @@ class Endpoint:
         ended = [c.finish_reason == "stop" for c in drawn]
         return [Sample(c.token_ids, c.logprobs.token_logprobs, c.text, e) for c, e in zip(drawn, ended)]
 
-    def chat(self, messages: Messages, max_tokens: int, effort: str = "none", **more: Any) -> Any:
-        """(final text, reasoning, finished) of one answer, at temperature 0 unless `more` says otherwise."""
+    def chat(self, messages: Messages, max_tokens: int, effort: str = "none") -> Any:
+        """(final text, reasoning, finished) of one answer, at temperature 0."""
         import openai
 
         safe = [{**m, "content": escape_special_tokens(m["content"], self.tokenizer)} for m in messages]
         request = {"model": self.model, "messages": safe}
         request |= {} if effort == "none" else {"reasoning_effort": effort}
-        limits = {"max_tokens": max_tokens, "temperature": 0.0, **more}
+        limits = {"max_tokens": max_tokens, "temperature": 0.0}
         limits = {"max_completion_tokens": max_tokens} if self.new_names else limits
         try:
             choice = self.client(safe).chat.completions.create(**request, **limits).choices[0]

@@ -633,8 +633,7 @@ def rewind(path: Path, steps: int) -> None:
 
 # --- The command ----------------------------------------------------------------------------------
 
-LARGE = {"lr": 1e-4, "batch": 128, "max_thinking": 4096, "max_prompt": 4096}
-LARGE |= {"temperature": 0.7}
+LARGE = {"lr": 1e-4, "batch": 128, "max_thinking": 4096, "max_prompt": 4096, "temperature": 0.7}
 PRESETS = {
     "gpu": {**LARGE, "model": "Qwen/Qwen3-1.7B", "lora_rank": 32, "tokens_per_pass": 8192, "threads": 256},
     "node": {**LARGE, "model": "Qwen/Qwen3-4B", "lora_rank": 64, "tokens_per_pass": 8192, "threads": 1024}

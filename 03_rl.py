@@ -3,9 +3,9 @@
     judge    a judge learns to hit the gold label                     reward: eq. 1 (pairwise: eq. 3)
     policy   a policy learns to please a judge that is now frozen     reward: its expected score (eq. 4)
 
-What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ of stage 2 (with --from base: nothing)
+What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ of stage 2 (--from base: its settings only)
 What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
-                checkpoints/step-000010/ …   PEFT adapters
+                checkpoints/step-000004/ …   PEFT adapters
                 metrics.jsonl                one record a step
                 rollouts.jsonl               outputs with their rewards, some of each step
 
@@ -20,7 +20,7 @@ Simpler than the paper, and why:
  1. LoRA, at a higher learning rate: publishing is a file of some megabytes.
  2. The old log-probabilities of eq. 2 are the sampler's own: they belong to the distribution that the
     rollouts came from, and cost no forward pass. `logprob_gap` is their distance from the trainer's.
- 3. A rollout cut off at its length limit is judged and trained on like any other.
+ 3. A policy's rollout cut off at its length limit is judged and trained on like any other.
  4. No DDP: each rank works on its share of a step's prompts; one sum over the gradients joins them.
 
     python 03_rl.py judge  --preset laptop --run runs/demo --judge reasoning
@@ -34,7 +34,6 @@ From stage 2: `pack`, `answer_logprobs`, `optimizer_step`, the saved state, `on_
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import math
 import random
@@ -450,7 +449,7 @@ def judge_to_please(options: Options, run: Path, door: Any) -> Iterator[Ask | No
 
 
 def train_rank(options: Options, run: Path, folder: Path, doors: Sequence[Any]) -> None:
-    """What each rank does. `doors`: (url, key, model) of the trained model's server, and of its judge's."""
+    """What a rank does. `doors`: (url, key, model, retries) of the trained model's server, its judge's."""
     with judge_to_please(options, run, doors[-1]) as ask:
         task = policy_task(options, run, ask) if ask else judge_task(options, run)
         grpo(options, folder, annotate.Endpoint(*doors[0]), task)
@@ -497,13 +496,12 @@ def report(folder: Path) -> None:
 # --- The commands ---------------------------------------------------------------------------------
 
 LARGE = {"group": 8, "lr": 2e-5, "minibatches": 4, "tokens_per_pass": 8192, "checkpoint_every": 50}
-LARGE |= {"std_floor": 0.1}
 JUDGE_PRESETS = {
-    "gpu": {**LARGE, "steps": 100, "prompts": 64, "max_tokens": 4096, "threads": 256},
-    "node": {**LARGE, "steps": 150, "prompts": 256, "max_tokens": 4096, "threads": 1024}
+    "gpu": {**LARGE, "steps": 100, "prompts": 64, "threads": 256},
+    "node": {**LARGE, "steps": 150, "prompts": 256, "threads": 1024}
     | {"judge_gpus": "0,1,2,3,4,5", "train_gpus": "6,7"},
 }
-OUTPUT = {"max_prompt": 2048, "max_tokens": 2048, "temperature": 0.7}
+OUTPUT = {"max_prompt": 2048, "max_tokens": 2048, "std_floor": 0.1}
 POLICY_PRESETS = {
     "gpu": {**LARGE, **OUTPUT, "steps": 300, "prompts": 32, "threads": 256}
     | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "lora_rank": 32},
@@ -521,7 +519,6 @@ Group = Annotated[int, Option(min=2, help="G, rollouts of a prompt. Paper: 8.")]
 Minibatches = Annotated[int, Option(min=1, help="Optimiser steps of one batch. Paper: 4.")]
 Rate = Annotated[float, Option(min=0, max=1, help="Learning rate. Paper: 1e-6, full fine-tuning.")]
 Temperature = Annotated[float, Option(min=0.05, max=2, help="Of the rollouts. Paper: 1.0 judge, 0.7 policy.")]
-MaxTokens = Annotated[int, Option(min=1, help="Longest rollout. Paper: 4096 judge, 2048 policy.")]
 StdFloor = Annotated[float, Option(min=0, help="Least std by which advantages are divided. Paper: silent.")]
 ScaleStd = Annotated[bool, Option(help="Divide advantages by the group's std. Paper: yes.")]
 TokenMean = Annotated[bool, Option(help="Mean over all tokens, not over each rollout's first. Paper: no.")]
@@ -547,7 +544,6 @@ def train_judge(
     minibatches: Minibatches = 2,
     lr: Rate = 3e-6,
     temperature: Temperature = 1.0,
-    max_tokens: MaxTokens = 96,
     std_floor: StdFloor = 0.1,
     scale_std: ScaleStd = True,
     token_mean: TokenMean = False,
@@ -564,25 +560,14 @@ def train_judge(
     options = {key: value for key, value in ctx.params.items() if key != "run"}
     judge = judge.removesuffix("-sft")
     folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
-    source, adapter = run / "judges" / f"{judge}-sft" / "judge.json", None
-    if start == "sft" or source.exists():
-        source, record = sft.find_judge(run, f"{judge}-sft")
-        adapter = source / record["adapter"] if start == "sft" else None
-    elif set(judge.split("-")) - {"direct", "reasoning", "pairwise"}:
-        fail(f"--judge {judge}: {source} is missing, and without it only direct and reasoning are known.")
-    else:  # what stage 2 would make of this preset
-        record = {key: p.default for key, p in inspect.signature(sft.main).parameters.items()}
-        record |= sft.PRESETS.get(options["preset"], {}) | {"reasoning": "direct" not in judge}
-        record |= {"pairwise": "pairwise" in judge, "lora_modules": sft.modules_of(options["preset"])}
-        record = {key: record[key] for key in (*sft.DESCRIBES, *sft.VARIANTS)}
-        if record["pairwise"]:
-            record |= {key: 2 * record[key] for key in ("max_prompt", "max_thinking")}
-    record["max_thinking"] = options["max_tokens"] = max(max_tokens, record["max_thinking"])
+    source, record = sft.find_judge(run, f"{judge}-sft")
+    adapter = source / record["adapter"] if start == "sft" else None
+    options["max_tokens"] = record["max_thinking"]
     options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
     options |= {"task": "judge", "judge_record": record, "start": str(adapter or "")}
     options |= {"beta": 0.0, "policy_gpus": judge_gpus}
     room = options["max_prompt"] + options["max_tokens"]
-    sft.check_context(options["model"], room, "--max-tokens and the prompt")
+    sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")
     check_rows(options, run)
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
@@ -607,7 +592,7 @@ def train_policy(
     beta: Annotated[float, Option(min=0, help="Of the KL term against the base model. Paper: 0.")] = 0.0,
     temperature: Temperature = 0.7,
     max_prompt: Annotated[int, Option(min=1, help="Longer prompts are left out. Paper: 2048.")] = 256,
-    max_tokens: MaxTokens = 40,
+    max_tokens: Annotated[int, Option(min=1, help="Longest output. Paper: 2048.")] = 40,
     std_floor: StdFloor = 0.05,
     scale_std: ScaleStd = True,
     token_mean: TokenMean = False,

@@ -221,11 +221,11 @@ def score_outputs(
     return {key: expected[key] for key in tasks}
 
 
-def bootstrap(values: Any, level: float = 0.95, draws: int = 2000, seed: int = 0) -> list[float] | None:
+def bootstrap(values: Any, level: float = 0.95) -> list[float] | None:
     """[low, high], the percentile bootstrap interval of the mean of `values`; None without values."""
     if not len(values):
         return None
-    means = np.random.default_rng(seed).choice(np.asarray(values, float), (draws, len(values))).mean(1)
+    means = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values))).mean(1)
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
@@ -332,17 +332,17 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
     print(f"picture: {path}")
 
 
-def heatmap(frame: Any, path: Path, label: str, limit: float = 9.0) -> None:
-    """Draw `frame` (rows x columns of numbers, or None) with its values; blue is +`limit`."""
+def heatmap(frame: Any, path: Path, label: str) -> None:
+    """Draw `frame` (rows x columns of numbers, or None) with its values; blue is +9."""
     (height, width), values = frame.shape, frame.to_numpy(float)
     figure = Figure((0.9 * width + 4, 0.42 * height + 2), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    image = axis.imshow(values, cmap="RdBu", vmin=-9, vmax=9, aspect="auto")
     axis.set_xticks(range(width), frame.columns, rotation=30, ha="right")
     axis.set_yticks(range(height), frame.index)
     for row, column in itertools.product(range(height), range(width)):
         value = values[row, column]
-        style = {"ha": "center", "va": "center", "color": "white" if abs(value) > 0.6 * limit else "black"}
+        style = {"ha": "center", "va": "center", "color": "white" if abs(value) > 5.4 else "black"}
         axis.text(column, row, "none" if value != value else f"{value:+.1f}", **style)
     figure.colorbar(image, label=label)
     figure.savefig(path, dpi=150)
@@ -436,8 +436,8 @@ def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.
         judges, gold = (annotate.read_json(file) for file in files)
         results[run.name] = {"judges": judges, "gold": gold}
         scores += [{"judge": name, **score} for name, score in judges.items()]
-        for name, curve in gold["curves"].items():
-            points += [{"policy": name, "run": run.name, **point} for point in curve]
+        for name, found in gold["curves"].items():
+            points += [{"policy": name, "run": run.name, **point} for point in found]
         print(run.name, *findings(run), sep="\n    ")
     if not results:
         annotate.fail(f"{study} has no evaluated run. First: python 04_evaluate.py gold --run {study}/NAME")

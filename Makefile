@@ -1,7 +1,7 @@
 # make demo   the whole study in miniature, on a laptop: about half an hour on two cores
 # make study  three seeds, every kind of judge, the controls: hours on two cores (SEEDS=0 for one)
 # make test   the tests, most against a live vLLM server
-# Both set everything up first; nothing but Python 3.11+ and pip is needed.
+# Each sets everything up first; nothing but Python 3.11+ and pip is needed.
 
 PYTHON ?= python3
 RUN ?= runs/demo
@@ -69,8 +69,9 @@ demo: setup
 	$(STAGE) 05_attack_analysis.py patterns --run $(RUN)
 	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
 
-# Beyond the demo, seed by seed: controls straight on gold and on truth, twice the data, short reasoning,
-# rubrics, pairs, and RL of a judge that has hardly been distilled (`format`: it must know how to end a thought).
+# Beyond the demo, seed by seed: controls straight on gold (whose weakness is found at step 12) and truth,
+# twice the data, short reasoning, rubrics, pairs, and RL of a judge that has hardly been distilled
+# (`format`: it must know how to end a thought).
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 study: setup

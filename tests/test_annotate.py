@@ -95,7 +95,7 @@ def test_the_oracle_grades_its_template_and_nothing_else() -> None:
 def test_candidates_have_every_score_and_a_shortcut() -> None:
     """Length goes with quality, as in most preference data; a careful writer does not speak of itself."""
     rng, options = random.Random(0), {**dict.fromkeys(annotate.SPLITS, 150), "outputs": 3, "seed": 0}
-    rows, candidates = annotate.template_outputs(options, Path())
+    rows, candidates = annotate.template_outputs(options)
     assert Counter(row["split"] for row in rows) == dict.fromkeys(annotate.SPLITS, 150)
     assert len({row["id"] for row in rows}) == 750 and all(len(texts) == 3 for texts in candidates.values())
     outputs = [(text, output) for text, texts in candidates.items() for output in texts]
@@ -146,7 +146,7 @@ def read(tmp_path: Path, rows: list[Any], **more: Any) -> tuple[list[Any], dict[
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))  # the last line has no newline, and counts (fault 1)
     before, options = path.read_bytes(), {"seed": 0, "max_chars": 50, "outputs": 2, **SIZES, **more}
-    found = annotate.preference_outputs({"data": str(path), **options}, tmp_path)
+    found = annotate.preference_outputs({"data": str(path), **options})
     assert path.read_bytes() == before, "the user's file is as it was"
     return found
 
@@ -421,7 +421,7 @@ def test_pairs_efforts_and_rubrics_by_the_oracle(tmp_path: Path, monkeypatch: An
     texts = [annotate.TEMPLATE.format(topic=topic, word="soft") for topic in annotate.TOPICS[:30]]
     rows = annotate.split_instructions(texts, {"judge_train": 30}, 0)
     made = rows, dict.fromkeys(texts, answers)
-    monkeypatch.setattr(annotate, "template_outputs", lambda options, run: made)
+    monkeypatch.setattr(annotate, "template_outputs", lambda options: made)
     folder, line = tmp_path / "run" / "annotations", ["--preset", "laptop", "--run", f"{tmp_path}/run"]
     assert CliRunner().invoke(annotate.app, line).exit_code == 0
     before = (folder / "labels.jsonl").read_bytes()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 RUN = Path("runs/test-smallest")
 SIZES = "--judge-train 6 --judge-validation 3 --judge-test 3 --policy-train 6 --policy-test 3 --outputs 2"
 RL = "--steps 2 --prompts 2 --group 3 --max-tokens 16 --checkpoint-every 1"
-ONE = "--steps 1 --prompts 1 --group 2 --minibatches 1 --max-tokens"
+ONE = "--steps 1 --prompts 1 --group 2 --minibatches 1"
 NAME = "reasoning-low-rubrics"
 GAP = 0.05 if torch.cuda.is_available() else 1e-3  # bfloat16 on a GPU, float32 on a CPU
 COMMANDS = [
@@ -26,10 +26,10 @@ COMMANDS = [
     f"02_train_judge.py --preset laptop --run {RUN} --no-reasoning --epochs 2 --batch 12",
     f"02_train_judge.py --run {RUN} --reasoning --effort low --rubrics --epochs 1 --max-thinking 48",
     f"02_train_judge.py --run {RUN} --no-reasoning --pairwise --epochs 1 --batch 6",
-    f"03_rl.py judge --run {RUN} --judge {NAME} {ONE} 48",
+    f"03_rl.py judge --run {RUN} --judge {NAME} {ONE}",
     f"03_rl.py policy --preset laptop --run {RUN} --judge direct {RL}",
-    f"03_rl.py policy --run {RUN} --judge {NAME} --beta 0.01 {ONE} 16",
-    f"03_rl.py policy --run {RUN} --judge direct-pairwise --opponents 2 {ONE} 16",
+    f"03_rl.py policy --run {RUN} --judge {NAME} --beta 0.01 {ONE} --max-tokens 16",
+    f"03_rl.py policy --run {RUN} --judge direct-pairwise --opponents 2 {ONE} --max-tokens 16",
     f"04_evaluate.py judges --run {RUN}",
     f"04_evaluate.py gold --run {RUN}",
     f"05_attack_analysis.py transfer --run {RUN}",

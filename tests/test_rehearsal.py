@@ -66,8 +66,7 @@ def test_the_gpu_preset_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monkey
             f"02_train_judge.py {small} --model {judge} --no-reasoning --epochs 1 --batch 4 "
             "--max-thinking 32",
             f"02_train_judge.py {small} --model {judge} --reasoning --epochs 1 --batch 4 --max-thinking 32",
-            f"03_rl.py judge --run {run} --judge reasoning --steps 1 --prompts 2 --group 2 --minibatches 1 "
-            "--max-tokens 32",
+            f"03_rl.py judge --run {run} --judge reasoning --steps 1 --prompts 2 --group 2 --minibatches 1",
             f"03_rl.py policy {small} --model {policy} --judge direct --steps 1 --prompts 2 --group 2 "
             "--minibatches 1 --max-tokens 24 --train-gpus 0,1",
             f"04_evaluate.py judges --run {run}",
