@@ -1,6 +1,7 @@
 """Shared fixtures. Tests run from the repository's root; every request goes to 127.0.0.1."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -18,8 +19,10 @@ sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 os.environ.setdefault("TQDM_MININTERVAL", "30")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every script and server compiles its packages anew
 
 annotate = import_module("01_annotate")
+annotate.load_tokenizer = functools.cache(annotate.load_tokenizer)
 sft = import_module("02_train_judge")
 rl = import_module("03_rl")
 

@@ -404,6 +404,7 @@ def test_the_report_escapes_what_models_wrote_and_ends_with_the_findings(run: Pa
     assert {row["patterns"] for row in gaps} == {"", "self_assessment"}
     rows = [{**gaps[0], "instruction": text, "output": text} for text in HOSTILE]
     annotate.write_jsonl(run / "attacks/gaps.jsonl", rows)
+    annotate.write_json(run / "evaluation/judges.json", {"direct-sft": {"alpha": 61.25}})
     result, tags, texts = stage_5(f"report --run {run}"), [], []
     parser: Any = HTMLParser()
     parser.handle_starttag = lambda tag, about: tags.append((tag, dict(about)))
@@ -411,5 +412,7 @@ def test_the_report_escapes_what_models_wrote_and_ends_with_the_findings(run: Pa
     parser.feed((run / "report.html").read_text(encoding="utf-8"))
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object"}
     assert all(about["src"].startswith("data:image/png") for tag, about in tags if tag == "img")
-    assert HOSTILE[0] in texts and "onerror" not in str([about for _, about in tags])
+    assert {HOSTILE[0], "direct-sft", "61.25"} <= set(texts) and "onerror" not in str(
+        [about for _, about in tags]
+    )
     assert "finding" in result.stdout.splitlines()[-1] and "step" in texts

@@ -141,10 +141,6 @@ def test_good_input_gets_to_work(line: str, tmp_path: Path, url: str, monkeypatc
 
 def test_as_a_user_sees_it(tmp_path: Path) -> None:
     """Exit status, one line, no traceback; R17: a policy that can not be loaded costs nothing."""
-    for line in (
-        "01_annotate.py --preset laptop --policy-model 01_annotate.py",
-        "03_rl.py policy --judge direct",
-    ):
-        result = command(f"{line} --run {tmp_path}/new")
-        assert result.returncode == 1 and "01_annotate.py" in result.stderr and result.stderr.count("\n") == 1
-        assert not (tmp_path / "new").exists()
+    result = command(f"01_annotate.py --preset laptop --policy-model 01_annotate.py --run {tmp_path}/new")
+    assert result.returncode == 1 and "01_annotate.py" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()

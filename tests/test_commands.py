@@ -32,9 +32,9 @@ COMMANDS = [
     f"03_rl.py policy --run {RUN} --judge direct-pairwise --opponents 2 {ONE} --max-tokens 16",
     f"04_evaluate.py judges --run {RUN}",
     f"04_evaluate.py gold --run {RUN}",
-    f"05_attack_analysis.py transfer --run {RUN}",
     f"05_attack_analysis.py patterns --run {RUN}",
-    f"05_attack_analysis.py battery --run {RUN} --judge direct --limit 1 --attack refusal --attack top_digit",
+    f"05_attack_analysis.py battery --run {RUN} --judge direct --judge direct-pairwise --limit 1 "
+    "--attack refusal",
 ]
 
 

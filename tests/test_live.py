@@ -83,6 +83,24 @@ def test_a_judge_reads_the_ten_labels(server: Any, tokenizer: Any) -> None:
     assert verdict["label"] == p.argmax().item() and verdict["thinking_tokens"] == 0
 
 
+def test_fluency_is_the_base_models_logprob(server: Any, tokenizer: Any) -> None:
+    """By an independent forward pass, and at temperature 1, whatever the policy's is."""
+    policy = {"temperature": 0.3, "max_tokens": 12}
+    row = {"policy": "direct", "step": 8, "instruction": ASKED}
+    found = evaluate.write_output(policy, tokenizer, server, None, row)
+    assert found.keys() == {*row, "output", "tokens", "finished", "fluency"} and 0 < found["tokens"] <= 12
+    prompt, tokens = (
+        annotate.policy_prompt(tokenizer, ASKED),
+        annotate.encode(tokenizer, "The soft rain fell.<|im_end|>"),
+    )
+    model = AutoModelForCausalLM.from_pretrained(annotate.LAPTOP_MODEL, dtype=torch.float32)
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+    assert evaluate.token_logprobs(server, prompt, tokens) == pytest.approx(expected, abs=1e-3)
+
+
 def test_what_makes_a_judgement_invalid(server: Any, tokenizer: Any) -> None:
     """Thinking that never closes, a prompt over the server's context; and what a chat model says."""
     thinker = sft.Judge(server, tokenizer, None, reasoning=True, max_thinking=8)
@@ -170,18 +188,18 @@ def test_a_server_that_is_starting_ends_with_its_script(tmp_path: Path, number: 
     assert not any(map(living, servers)), "server processes left"
 
 
-def test_a_killed_server_leaves_no_engine(tmp_path: Path) -> None:
-    with annotate.serve(annotate.LAPTOP_MODEL, tmp_path, 512) as endpoint:
-        (leader,) = processes_naming(f"--port\0{endpoint.url.split(':')[2].split('/')[0]}")
-        engines = descendants(leader)
-        assert any(map(living, engines))
-        os.kill(leader, signal.SIGKILL)
-        time.sleep(0.5)
-        assert not any(map(living, engines))
-
-
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), annotate.serve(str(tmp_path / "no-model"), tmp_path, 64):
         pass
     message = capsys.readouterr().err
     assert "no-model" in message and str(next(tmp_path.glob("*.log"))) in message
+
+
+def test_a_killed_server_leaves_no_engine(server: Any) -> None:
+    """The last test here: nobody can ask this server any more."""
+    (leader,) = processes_naming(f"--port\0{server.url.split(':')[2].split('/')[0]}")
+    engines = descendants(leader)
+    assert any(map(living, engines))
+    os.kill(leader, signal.SIGKILL)
+    time.sleep(0.5)
+    assert not any(map(living, engines))

@@ -324,6 +324,15 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     assert (options["start"], options["model"], record["effort"]) == ("", model, "low")
     assert folder.name == "mine-base-rl" and record["lora_rank"] == 8
     assert "typo-sft" in asked_for("judge --judge typo --from base")
+    annotate.write_json(tmp_path / "annotations/config.json", {"options": {"preset": "gpu"}})
+    options, *_ = asked_for("judge --judge mine --name large")
+    assert [options[key] for key in ("steps", "prompts", "group", "lr", "max_tokens")] == [
+        100,
+        64,
+        8,
+        2e-5,
+        50,
+    ]
     assert "beta" not in inspect.signature(rl.train_judge).parameters
 
 

@@ -272,6 +272,17 @@ def write_run(run: Path) -> dict[str, Any]:
     return {**FROZEN["options"], "model": str(run / "model"), "seed": 0}
 
 
+def test_a_server_has_room_for_its_users_as_far_as_the_context_goes(monkeypatch: Any) -> None:
+    """Prompt, thinking or output, and some; the greatest rank, and all modules."""
+    monkeypatch.setattr(annotate, "serve", lambda *arguments, **lora: (*arguments, lora))
+    judge = {"model": annotate.LAPTOP_MODEL, "max_prompt": 512, "max_thinking": 96, "lora_rank": 16}
+    users = [{**judge, "lora_modules": ["q_proj"]}, {**judge, "max_thinking": 40, "lora_modules": ["k_proj"]}]
+    *_, room, gpus, _, lora = sft.serve_adapters(users, Path("run"), "0", count=2)
+    assert (room, gpus, lora) == (624, "0", {"rank": 16, "count": 2, "modules": ["k_proj", "q_proj"]})
+    *_, room, _, _, _ = sft.serve_adapters([{**users[0], "max_prompt": 16_384}], Path("run"), "0")
+    assert room == 8192
+
+
 @two_ranks
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     """Same losses and gradients; uneven shares (2 and 3 of 5); too long examples are left out."""
