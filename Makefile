@@ -1,5 +1,5 @@
 # make demo   the whole study in miniature, on a laptop: about half an hour on two cores
-# make study  three seeds, every kind of judge, the controls: hours on two cores (SEEDS=0 for one)
+# make study  three seeds of it with every kind of judge and controls: hours on two cores (SEEDS=0 for one)
 # make test   the tests, most against a live vLLM server
 # Each sets everything up first; nothing but Python 3.11+ and pip is needed.
 
@@ -15,7 +15,7 @@ PIP := $(IN)pip install -q --no-compile
 # It must keep the result, or each start of a server takes half a minute more; containers often forbid it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo study study-more test setup clean
+.PHONY: demo study study-more study-variants test setup clean
 .NOTPARALLEL:
 
 setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
@@ -69,32 +69,39 @@ demo: setup
 	$(STAGE) 05_attack_analysis.py patterns --run $(RUN)
 	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
 
-# Beyond the demo, seed by seed: controls straight on gold (whose weakness is found at step 12) and truth,
-# twice the data, short reasoning, rubrics, pairs, and RL of a judge that has hardly been distilled
-# (`format`: it must know how to end a thought).
+# Beyond the demo, for each seed: less reasoning, twice the data, and policies trained straight on gold (whose
+# weakness is found at step 12 only) and on truth. `study-variants`, for the first seed: rubrics, pairs, and RL
+# of a judge that has hardly been distilled (`format`: it must know how to end a thought).
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 study: setup
 	for seed in $(SEEDS); do \
 	  $(MAKE) --no-print-directory demo study-more RUN=$(STUDY)/seed-$$seed SEED=$$seed || exit 1; done
+	$(MAKE) --no-print-directory study-variants RUN=$(STUDY)/seed-$(firstword $(SEEDS)) SEED=$(firstword $(SEEDS))
 	$(STAGE) 04_evaluate.py study --study $(STUDY)
 
 study-more:
-	$(STAGE) 01_annotate.py    $(ONE) --efforts low,medium --rubrics --pairs
+	$(STAGE) 01_annotate.py    $(ONE) --efforts low,medium
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort low
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort medium
+	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-low
+	for judge in gold truth; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge --steps 16 || exit 1; done
+	$(STAGE) 04_evaluate.py judges --run $(RUN)
+	$(STAGE) 04_evaluate.py gold   --run $(RUN)
 	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 192
 	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning
 	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge direct
 	$(STAGE) 04_evaluate.py judges --run $(RUN)-large
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)-large
-	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort low
-	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort medium
+
+study-variants:
+	$(STAGE) 01_annotate.py    $(ONE) --rubrics --pairs
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --rubrics
 	$(STAGE) 02_train_judge.py $(ONE) --no-reasoning --pairwise
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --pairwise
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name format --examples 48
 	$(STAGE) 03_rl.py judge    $(ONE) --judge format --steps 24 --lr 3e-5
-	for judge in gold truth; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge --steps 16 || exit 1; done
-	for judge in reasoning-low format; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge || exit 1; done
+	$(STAGE) 03_rl.py policy   $(ONE) --judge format
 	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-pairwise --opponents 2
 	$(STAGE) 04_evaluate.py judges --run $(RUN) --prompted
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
