@@ -1,4 +1,4 @@
-# make demo   the whole study in miniature, on a laptop: about half an hour on two cores
+# make demo   the whole study in miniature, on a laptop: 46 minutes on two slow cores
 # make study  three seeds of it with every kind of judge and controls: hours on two cores (SEEDS=0 for one)
 # make test   the tests, most against a live vLLM server
 # Each sets everything up first; nothing but Python 3.11+ and pip is needed.
