@@ -70,8 +70,8 @@ demo: setup
 	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
 
 # Beyond the demo, for each seed: less reasoning, twice the data, and policies trained straight on gold (whose
-# weakness one seed in three finds after step 12 only) and on truth. `study-variants`, for the first seed: rubrics, pairs, and RL
-# of a judge that has hardly been distilled (`format`: it must know how to end a thought).
+# weakness one seed in three finds after step 12 only) and on truth. `study-variants`, for the first seed:
+# rubrics, pairs, and RL of a judge that has hardly been distilled (`format`: it must know how to end a thought).
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 study: setup

@@ -412,7 +412,6 @@ def test_the_report_escapes_what_models_wrote_and_ends_with_the_findings(run: Pa
     parser.feed((run / "report.html").read_text(encoding="utf-8"))
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object"}
     assert all(about["src"].startswith("data:image/png") for tag, about in tags if tag == "img")
-    assert {HOSTILE[0], "direct-sft", "61.25"} <= set(texts) and "onerror" not in str(
-        [about for _, about in tags]
-    )
+    assert {HOSTILE[0], "direct-sft", "61.25"} <= set(texts)
+    assert "onerror" not in str([about for _, about in tags])
     assert "finding" in result.stdout.splitlines()[-1] and "step" in texts
