@@ -91,8 +91,8 @@ study-more:
 	$(STAGE) 04_evaluate.py judges --run $(RUN)
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
 	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 192
-	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning
-	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge direct
+	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning --name direct-large
+	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge direct-large
 	$(STAGE) 04_evaluate.py judges --run $(RUN)-large
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)-large
 
