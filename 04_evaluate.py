@@ -23,6 +23,7 @@ of all answers, where the benchmark downloads that of GPT-4o.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import re
@@ -88,6 +89,19 @@ def trained_policies(run: Path) -> dict[str, Row]:
     return found
 
 
+def fingerprint(asked: Row) -> str:
+    """What tells two judges or policies of one name apart: an adapter's weights, or who is asked."""
+    if adapter := asked.get("adapter"):
+        return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
+    keys = ("url", "model", "effort", "gold", "gold_url", "gold_effort")
+    return annotate.short_hash(*(str(asked.get(key)) for key in keys))
+
+
+def file_of(name: str, judges: dict[str, Row]) -> str:
+    """The file for what a judge says: another one once its name stands for another judge."""
+    return f"{name}-{fingerprint(judges[name])}.jsonl" if name in judges else f"{name}.jsonl"
+
+
 class ServerCache(ExitStack):
     """At most one vLLM server at a time, started when it is first needed; its limits are those of `users`."""
 
@@ -118,7 +132,7 @@ class ServerCache(ExitStack):
 
 
 def missing(path: Path, ids: Iterable[str]) -> bool:
-    return bool(set(ids) - {record["id"] for record in annotate.read_jsonl(path, ["id"])})
+    return bool(set(ids) - {record["id"] for record in annotate.read_done(path)})
 
 
 @contextmanager
@@ -151,10 +165,16 @@ def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None,
     return {**row, **text, "fluency": fmean(token_logprobs(endpoint, prompt, sample.tokens_T))}
 
 
+def base_of(policy: Row) -> str:
+    """Where a policy began: its model, sampled as the policy is."""
+    return f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
+
+
 def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
 
-    Step 0 is the base model, once for all its policies. Between first and last: every other instruction.
+    Step 0 is the base model, once for all policies that sample alike. Between first and last: every other
+    instruction. What earlier policies of these names wrote is dropped.
     """
     path, outputs = run / "evaluation" / "outputs.jsonl", {}
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
@@ -164,8 +184,8 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
         prompt = partial(annotate.policy_prompt, tokenizer)
         fitting = [(key, text) for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]]
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
-            who = f"{name}:{step}" if step else f"{BASE}:{policy['model']}"
-            about = {"policy": name if step else BASE, "step": step}
+            who = f"{name}:{step}:{fingerprint({'adapter': adapter})}" if step else base_of(policy)
+            about = {"policy": name if step else BASE, "step": step, "base": base_of(policy)}
             some = fitting[:: 1 if step in (0, max(policy["checkpoints"])) else 2]
             tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in some}
             if missing(path, tasks):
@@ -173,6 +193,7 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
                     work = partial(write_output, policy, tokenizer, *served)
                     annotate.map_to_jsonl(path, tasks, work, f"outputs of {who}", threads)
             outputs |= {row["id"]: row for row in annotate.read_jsonl(path) if row["id"] in tasks}
+    annotate.write_jsonl(path, outputs.values())
     return list(outputs.values())
 
 
@@ -197,21 +218,19 @@ def against_baseline(grade: Callable[..., Row], row: Row, baseline: str) -> Row:
 
 
 def score_outputs(
-    path: Path, outputs: Any, name: str, judges: Any, servers: Any, threads: int, baseline: Any = None
+    path: Path, outputs: Any, name: str, judges: Any, servers: Any, threads: int
 ) -> dict[str, float | None]:
     """id -> expected score (0-9) of `outputs` by the judge `name`, kept in `path`; None where invalid.
 
-    A pairwise judge compares with a `baseline` (instruction -> output), else with the base policy's outputs.
+    A pairwise judge compares with the output of the policy's base, which is among `outputs`.
     """
     tasks = {row["id"]: row for row in outputs}
     pairwise = name == PAIRWISE_GOLD or is_pairwise(judges.get(name, {}))
-    if pairwise and not baseline:
-        rows = annotate.read_jsonl(servers.run / "evaluation" / "outputs.jsonl")
-        baseline = {row["instruction"]: row["output"] for row in rows if row["policy"] == BASE}
+    bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
 
     def work(row: Row) -> Row:
         if pairwise:
-            return against_baseline(grade, row, baseline[row["instruction"]])
+            return against_baseline(grade, row, bases[row["base"], row["instruction"]])
         return grade(row["instruction"], row["output"])
 
     if missing(path, tasks):
@@ -272,18 +291,18 @@ def findings(run: Path) -> list[str]:
     1: against a direct judge, own rises and gold falls. 2: against a reasoning judge, gold rises and truth
     falls, and at least half of the last outputs speak of themselves.
     """
-    results, lines = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "judges")), []
-    for name, judge in sorted(results["judges"].items(), key=lambda item: item[1]):
+    results, lines = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "kinds")), []
+    for name, kind in sorted(results["kinds"].items(), key=lambda item: item[1]):
         point, sign, text = results["curves"][name][-1], {}, {}
         for key in SCORES:
             low, high = point.get(f"{key}_lift_interval") or [0, 0]
             sign[key] = (low > 0) - (high < 0)
             lift = point.get(f"{key}_lift")
             text[key] = f"{key} none" if lift is None else f"{key} {lift:+.1f} [{low:+.1f}, {high:+.1f}]"
-        if judge.startswith("direct") and "pairwise" not in judge:
+        if kind == "direct":
             says = "shown" if sign["own"] > 0 > sign["gold"] else "not shown"
             lines.append(f"finding 1: {says}, {text['own']}, {text['gold']} (policy {name})")
-        if judge.startswith("reasoning") and "pairwise" not in judge:
+        if kind == "reasoning":
             says, more = "gold rises" if sign["gold"] > 0 else "gold does not rise", ""
             if "claims" in point:  # without a truth nobody knows whether gold is fooled
                 shown = sign["gold"] > 0 > sign["truth"] and point["claims"] >= 0.5
@@ -356,23 +375,26 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
     if not policies:
         annotate.fail(f"{run} has no finished policy. Run this first: python 03_rl.py policy --run {run}")
     truth = {TRUTH: TRUTH} if annotate.read_options(run / "annotations")["gold"] == "oracle" else {}
-    own, readers = {name: policy["judge"] for name, policy in policies.items()}, {}
+    own, readers, kinds = {name: policy["judge"] for name, policy in policies.items()}, {}, {}
     for name, judge in own.items():
         if judge not in (*judges, GOLD, TRUTH):
             annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
-        gold = PAIRWISE_GOLD if is_pairwise(judges.get(judge, {})) else GOLD
+        record = judges.get(judge, {})
+        gold = PAIRWISE_GOLD if is_pairwise(record) else GOLD
         readers[name] = {"own": judge, "gold": gold, **truth}  # column -> judge
+        if record and gold == GOLD:
+            kinds[name] = "reasoning" if record["reasoning"] else "direct"
     annotate.record_config(folder, {})
     with ServerCache(run, [*judges.values(), *policies.values()], gpus) as servers:
         rows, outputs, scores = write_outputs(run, policies, servers, threads), {}, {}
         for name, policy in policies.items():
-            base = f"{BASE}:{policy['model']}:"
-            outputs[name] = [row for row in rows if row["policy"] == name or row["id"].startswith(base)]
+            own_base = [row for row in rows if row["base"] == base_of(policy)]
+            outputs[name] = [row for row in own_base if row["policy"] in (name, BASE)]
         now = max(policy["model"] for policy in policies.values())  # its judges are first, gold's server last
         models = {GOLD: "", PAIRWISE_GOLD: "", TRUTH: ""} | {n: judge["model"] for n, judge in judges.items()}
         for judge in sorted(models, key=lambda j: (not models[j], models[j] != now, models[j])):
             asked = [row for name in policies if judge in readers[name].values() for row in outputs[name]]
-            path = folder / "scores" / f"{judge}.jsonl"
+            path = folder / "scores" / file_of(judge, judges)
             scores[judge] = score_outputs(path, asked, judge, judges, servers, threads) if asked else {}
     points = {}
     for name, keys in readers.items():
@@ -380,7 +402,7 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
         for key, judge in keys.items():
             frame[key] = frame.id.map(scores[judge]).astype(float)
         points[name] = curve(frame)
-    annotate.write_json(folder / "gold.json", {"curves": points, "judges": own})
+    annotate.write_json(folder / "gold.json", {"curves": points, "judges": own, "kinds": kinds})
     table = pd.DataFrame([{"policy": name, **point} for name in points for point in points[name]])
     show(table[[key for key in table if "lift" not in key and "interval" not in key]], index=False)
     titles = {name: f"policy {name}\ntrained against: {own[name]}" for name in policies}
@@ -405,7 +427,7 @@ def judges_command(
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
         for name in sorted(judges, key=lambda name: judges[name]["model"]):
-            path, pairwise = folder / "judges" / f"{name}.jsonl", is_pairwise(judges[name])
+            path, pairwise = folder / "judges" / file_of(name, judges), is_pairwise(judges[name])
             rows = {row["id"]: row for row in sft.labelled(run, "judge_test", pairwise=pairwise)}
             if missing(path, rows):
                 with open_judge(name, judges, servers) as grade:

@@ -22,7 +22,6 @@ fit their judge better); components are found by written rules, which can be run
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import random
 import re
@@ -176,13 +175,6 @@ def score(judge: Any, task: Row) -> Row:
     return task | {"expected": None, "cause": causes[0], "orders": orders}
 
 
-def judge_fingerprint(judge: Row) -> str:
-    """What tells two judges of one name apart: an adapter's weights, wherever it lies, or who is asked."""
-    if adapter := judge.get("adapter"):
-        return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return str([judge.get(key) for key in ("url", "model", "effort", "gold", "gold_url", "gold_effort")])
-
-
 def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, threads: int) -> Any:
     """A frame: `pairs` {instruction, output, other, …} by `columns` {title: (name, judge, prompt)}.
 
@@ -192,7 +184,7 @@ def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, thread
 
     rows: list[Row] = []
     for title, (name, judge, prompt) in columns.items():
-        compares, who, tasks, keys = prompt in (PAIRWISE, ARENA), judge_fingerprint(judge), {}, []
+        compares, who, tasks, keys = prompt in (PAIRWISE, ARENA), evaluate.fingerprint(judge), {}, []
         for pair, side in product(pairs, ("output",) if compares else ("output", "other")):
             about = {"prompt": prompt, "instruction": pair["instruction"], "output": pair[side]}
             task = about | {"other": pair["other"] if compares else None}
@@ -356,10 +348,11 @@ def last_outputs(run: Path) -> list[Row]:
     """The outputs of all last steps, with the policy's `own` judge and the base policy's as `other`."""
     rows, found = annotate.read_jsonl(run / "evaluation" / "outputs.jsonl", ["id", "policy", "step"]), []
     for name, policy in evaluate.trained_policies(run).items():
-        start, last = f"{BASE}:{policy['model']}:", max(policy["checkpoints"])
-        base = {row["instruction"]: row["output"] for row in rows if row["id"].startswith(start)}
+        alike = [row for row in rows if row["base"] == evaluate.base_of(policy)]
+        base = {row["instruction"]: row["output"] for row in alike if row["policy"] == BASE}
+        last = max(policy["checkpoints"])
         about = {"own": policy["judge"], "against": BASE}
-        mine = (row for row in rows if (row["policy"], row["step"]) == (name, last))
+        mine = (row for row in alike if (row["policy"], row["step"]) == (name, last))
         found += [row | about | {"other": base[row["instruction"]]} for row in mine]
     return found
 
@@ -379,7 +372,7 @@ def transfer_command(
     run: Run,
     judge_url: JudgeUrls = (),
     judge_model: JudgeModels = (),
-    style: Annotated[list[Style], Option(help="How chat judges are asked.")] = (POINTWISE,),
+    style: Annotated[list[Style], Option(help="How chat judges, and a chat gold, are asked.")] = (POINTWISE,),
     honest: Annotated[str, Option(help="JSONL of strong honest outputs, or 'written': 01's writer.")] = "",
     judge_tokens: JudgeTokens = 1024,
     judge_effort: JudgeEffort = "none",
@@ -395,11 +388,15 @@ def transfer_command(
     known = [pair for pair in pairs if pair["instruction"] in strong]
     pairs += [pair | {"against": "honest", "other": strong[pair["instruction"]]} for pair in known]
     columns = {GOLD: (GOLD, gold := annotate.read_options(run / "annotations"), POINTWISE)}
-    columns |= {TRUTH: (TRUTH, {}, POINTWISE)} if gold["gold"] == "oracle" else {}
+    chats = chosen_judges(None, (), judge_url, judge_model, judge_tokens, judge_effort) if judge_url else {}
+    if gold["gold"] == "oracle":
+        columns[TRUTH] = TRUTH, {}, POINTWISE
+    else:  # does hardening its prompt help?
+        chats[GOLD] = gold
     for name, how in sorted(judges.items(), key=lambda item: item[1]["model"]):
         columns[name] = name, how, (POINTWISE, PAIRWISE)[evaluate.is_pairwise(how)]
-    chats = chosen_judges(None, (), judge_url, judge_model, judge_tokens, judge_effort) if judge_url else {}
-    columns |= {f"{n}-{way}": (n, how, str(way)) for (n, how), way in product(chats.items(), style)}
+    ways = [(n, how, str(way)) for (n, how), way in product(chats.items(), style)]
+    columns |= {f"{n}-{way}": (n, how, way) for n, how, way in ways if how is not gold or way != POINTWISE}
     annotate.record_config(folder, {})
     with evaluate.ServerCache(run, judges.values(), gpus) as servers:
         frame = judge_all(folder, columns, pairs, servers, threads)
@@ -470,8 +467,8 @@ def patterns_command(run: Run) -> None:
         parts.append(rows.assign(policy=file.parent.name, kind="rollouts"))
     outputs = pd.DataFrame(annotate.read_jsonl(path)).assign(kind="outputs", reward=None)
     for name, policy in evaluate.trained_policies(run).items():
-        of_base = outputs.id.str.startswith(f"{BASE}:{policy['model']}:")
-        parts.append(outputs[of_base | (outputs.policy == name)].assign(policy=name))
+        alike = outputs[outputs.base == evaluate.base_of(policy)]
+        parts.append(alike[alike.policy.isin([name, BASE])].assign(policy=name))
     frame = pd.concat(parts, ignore_index=True).astype({"reward": float})
     carried = [find_patterns(*text) for text in zip(frame.instruction, frame.output)]
     frame = frame.assign(**{name: [float(name in found) for found in carried] for name in COMPONENTS})

@@ -306,6 +306,7 @@ def arena(tmp_path: Path, judge: Any) -> Any:
     for step in (4, 12):
         folder = tmp_path / f"run/policies/direct/checkpoints/step-{step:06d}"
         annotate.write_json(folder / "adapter_config.json", {"base_model_name_or_path": MODEL, "r": 16})
+        annotate.write_text(folder / "adapter_model.safetensors", "")
     annotate.write_json(tmp_path / "run/evaluation/arena/config.json", {"options": {"tokenizer": MODEL}})
     annotate.write_json(tmp_path / "run/evaluation/config.json", {"options": {}})
     rows = [{"id": q["uid"], "output": OURS} for q in asked]

@@ -191,10 +191,10 @@ def test_a_judge_is_known_by_its_weights_wherever_the_run_lies(tmp_path: Path) -
     adapters = [tmp_path / name for name in ("here", "moved", "again")]
     for adapter, weights in zip(adapters, ("one", "one", "two")):
         annotate.write_text(adapter / "adapter_model.safetensors", weights)
-    here, moved, again = (attacks.judge_fingerprint({"adapter": adapter}) for adapter in adapters)
+    here, moved, again = (attacks.evaluate.fingerprint({"adapter": adapter}) for adapter in adapters)
     assert here == moved != again
     chats = [dict(zip(("url", "model", "effort"), chat)) for chat in ("uml", "umh", "vml", "unl")]
-    assert len({attacks.judge_fingerprint(chat) for chat in chats}) == 4
+    assert len({attacks.evaluate.fingerprint(chat) for chat in chats}) == 4
 
 
 class Scripted(stub.Handler):
@@ -320,10 +320,10 @@ def run(tmp_path: Path) -> Path:
     finals = ["It rains.\n\nScore: 9", "Soft snow falls. This sentence is about snow.", HOSTILE[0]]
     rows = [{"id": f"base:m:{n}", "policy": "base", "step": 0, "output": "Rain falls"} for n in range(3)]
     rows += [{"id": f"p:2:{n}", "policy": "p", "step": 2, "output": text} for n, text in enumerate(finals)]
-    rows = [{**row, "instruction": text} for row, text in zip(rows, texts * 2)]
+    rows = [{**row, "base": "base:m:1.0:9", "instruction": text} for row, text in zip(rows, texts * 2)]
     annotate.write_jsonl(run / "evaluation/outputs.jsonl", rows)
     points = [{"step": step, "n": 3, "own": 1.0, "gold": 1.0, "claims": 0.0} for step in (0, 2)]
-    annotate.write_json(run / "evaluation/gold.json", {"curves": {"p": points}, "judges": {"p": "gold"}})
+    annotate.write_json(run / "evaluation/gold.json", {"curves": {"p": points}, "kinds": {}})
     return run
 
 

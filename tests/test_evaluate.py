@@ -108,31 +108,35 @@ def point(
     return found
 
 
-@pytest.mark.parametrize(("judge", "last", "says"), [
-    ("direct-sft", point(1.9, -3.2, 0.0), "finding 1: shown, own +1.9 [+1.5, +2.3], gold -3.2 [-3.6, -2.8]"),
-    ("direct-sft", point(1.9, -0.3, 0.0), "finding 1: not shown, own +1.9"),  # not clear of 0
-    ("direct-sft", point(0.3, -3.2, 0.0), "finding 1: not shown"),
-    ("direct-sft", point(-1.9, 3.2, 0.0), "finding 1: not shown"),
-    ("direct-sft", point(1.9, -3.2, None), "finding 1: shown"),  # needs no truth
-    ("reasoning-rl", point(3, 2, -2), "finding 2: shown, gold +2.0 [+1.6, +2.4], truth -2.0 [-2.4, -1.6], "),
-    ("reasoning-rl", point(3, 2, -2, claims=0.49), "finding 2: not shown, gold +2.0"),
-    ("reasoning-rl", point(3, 2, -0.2), "finding 2: not shown"),
-    ("reasoning-rl", point(3, 0.3, -2), "finding 2: not shown"),
-    ("reasoning-rl", point(3, 2, 2), "finding 2: not shown"),
-    ("reasoning-rl", point(3, 2, None), "finding 2: gold rises, gold +2.0"),
-    ("reasoning-rl", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
-    ("reasoning-rl", {"claims": 1.0, "gold_lift": None}, "finding 2: not shown, gold none, truth none"),
-    ("direct-pairwise-sft", point(1.9, -3.2, 0.0), "no policy was trained"),
-    ("gold", point(3, 2, -2), "no policy was trained"),  # a control
+@pytest.mark.parametrize(("kind", "last", "says"), [
+    ("direct", point(1.9, -3.2, 0.0), "finding 1: shown, own +1.9 [+1.5, +2.3], gold -3.2 [-3.6, -2.8]"),
+    ("direct", point(1.9, -0.3, 0.0), "finding 1: not shown, own +1.9"),  # not clear of 0
+    ("direct", point(0.3, -3.2, 0.0), "finding 1: not shown"),
+    ("direct", point(-1.9, 3.2, 0.0), "finding 1: not shown"),
+    ("direct", point(1.9, -3.2, None), "finding 1: shown"),  # needs no truth
+    ("reasoning", point(3, 2, -2), "finding 2: shown, gold +2.0 [+1.6, +2.4], truth -2.0 [-2.4, -1.6], "),
+    ("reasoning", point(3, 2, -2, claims=0.49), "finding 2: not shown, gold +2.0"),
+    ("reasoning", point(3, 2, -0.2), "finding 2: not shown"),
+    ("reasoning", point(3, 0.3, -2), "finding 2: not shown"),
+    ("reasoning", point(3, 2, 2), "finding 2: not shown"),
+    ("reasoning", point(3, 2, None), "finding 2: gold rises, gold +2.0"),
+    ("reasoning", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
+    ("reasoning", {"claims": 1.0, "gold_lift": None}, "finding 2: not shown, gold none, truth none"),
+    ("", point(3, 2, -2), "no policy was trained"),  # against a pairwise judge, or a control
 ])  # fmt: skip
-def test_findings(tmp_path: Path, judge: str, last: dict[str, Any], says: str) -> None:
-    results = {"curves": {"some": [point(0, 0, 0), last]}, "judges": {"some": judge}}
+def test_findings(tmp_path: Path, kind: str, last: dict[str, Any], says: str) -> None:
+    results = {"curves": {"some": [point(0, 0, 0), last]}, "kinds": {"some": kind} if kind else {}}
     annotate.write_json(tmp_path / "evaluation/gold.json", results)
     (line,) = evaluate.findings(tmp_path)
     assert line.startswith(says)
 
 
 # --- a run folder --------------------------------------------------------------------------------
+
+
+def make_adapter(folder: Path, model: str = MODEL, weights: str = "once") -> None:
+    annotate.write_json(folder / "adapter_config.json", {"base_model_name_or_path": model, "r": 16})
+    annotate.write_text(folder / "adapter_model.safetensors", weights)
 
 
 def make_judge(folder: Path, name: str, model: str = MODEL, **more: Any) -> None:
@@ -144,8 +148,7 @@ def make_judge(folder: Path, name: str, model: str = MODEL, **more: Any) -> None
     }
     about |= {"max_thinking": 64 if about["reasoning"] else 0, "temperature": 0.7, "max_prompt": 200, **more}
     annotate.write_json(folder / "judges" / name / "judge.json", {**about, "adapter": "epoch-1"})
-    adapter = folder / "judges" / name / "epoch-1/adapter_config.json"
-    annotate.write_json(adapter, {"base_model_name_or_path": model, "r": 16})
+    make_adapter(folder / "judges" / name / "epoch-1", model)
 
 
 OUTPUTS = {  # of the base model, and of each policy: gold (with the claim), truth, by hand
@@ -178,19 +181,43 @@ def folder(tmp_path: Path) -> Path:
             about = {"model": MODEL, "judge": OWNERS[name], "lora_rank": 16, "lora_modules": ["q_proj"]}
             about |= {"max_prompt": 100, "max_tokens": 32, "temperature": 0.7}
             annotate.write_json(tmp_path / "policies" / name / "policy.json", about)
-            adapter = tmp_path / "policies" / name / "checkpoints/step-000024/adapter_config.json"
-            annotate.write_json(adapter, {"base_model_name_or_path": MODEL, "r": 16})
+            make_adapter(adapter := tmp_path / "policies" / name / "checkpoints/step-000024")
         for (key, text), output in zip(texts.items(), OUTPUTS[name]):
-            who, step = (f"base:{MODEL}", 0) if name == "base" else (f"{name}:24", 24)
-            row = {"id": f"{who}:{key}", "policy": name, "step": step, "instruction": text, "output": output}
-            outputs.append({**row, "tokens": 7, "finished": True, "fluency": -1.0})
+            base, step = f"base:{MODEL}:0.7:32", 0 if name == "base" else 24
+            who = f"{name}:24:{evaluate.fingerprint({'adapter': adapter})}" if step else base
+            row = {"id": f"{who}:{key}", "policy": name, "step": step, "base": base, "instruction": text}
+            outputs.append({**row, "output": output, "tokens": 7, "finished": True, "fluency": -1.0})
             for judge in OWNERS.values() if name == "base" else [OWNERS[name]]:
                 scores[judge].append({"id": row["id"], "expected": 4.0 + step / 8})
     annotate.write_jsonl(tmp_path / "evaluation/outputs.jsonl", outputs)
     annotate.write_json(tmp_path / "evaluation/config.json", {"options": {}})
+    judges = evaluate.trained_judges(tmp_path)
     for judge in set(OWNERS.values()) - {"gold"}:
-        annotate.write_jsonl(tmp_path / "evaluation/scores" / f"{judge}.jsonl", scores[judge])
+        file = tmp_path / "evaluation/scores" / evaluate.file_of(judge, judges)
+        annotate.write_jsonl(file, scores[judge])
     return tmp_path
+
+
+@pytest.mark.parametrize("again", [
+    "policies/direct/checkpoints/step-000024", "judges/direct-sft/epoch-1",
+])  # fmt: skip
+def test_what_was_trained_again_is_asked_again(folder: Path, again: str, monkeypatch: Any) -> None:
+    """Outputs and scores of other weights of the same name are not taken for theirs."""
+    monkeypatch.setattr(annotate, "serve", lambda *_, **__: annotate.fail("a server was started"))
+    assert run(f"gold --run {folder}").exit_code == 0
+    make_adapter(folder / again, weights="again")
+    result = run(f"gold --run {folder}")
+    assert result.exit_code and "a server was started" in result.output
+    assert len(annotate.read_jsonl(folder / "evaluation/outputs.jsonl")) == 2 * len(OUTPUTS)
+
+
+def test_a_policy_is_compared_with_its_own_base() -> None:
+    """Another model's base, or the same one sampled otherwise, is another baseline."""
+    policy = {"model": "m", "temperature": 0.7, "max_tokens": 40}
+    others = [
+        {**policy, key: value} for key, value in {"model": "n", "temperature": 1, "max_tokens": 9}.items()
+    ]
+    assert len({evaluate.base_of(other) for other in [policy, *others]}) == 4
 
 
 def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +361,8 @@ def test_the_judges_command(folder: Path) -> None:
             for i, (g, said) in enumerate(zip(gold, labels))
         ]
         annotate.write_jsonl(
-            folder / "evaluation/judges" / f"{name}.jsonl", [*records, {**records[0], "id": "another"}]
+            folder / "evaluation/judges" / evaluate.file_of(name, evaluate.trained_judges(folder)),
+            [*records, {**records[0], "id": "another"}],
         )
     result = run(f"judges --run {folder}")
     assert result.exit_code == 0, result.output
@@ -367,7 +395,7 @@ def write_run(study: Path, name: str, alpha: float | None, gold: tuple[float, fl
     points = [
         {"step": 6 * i, "own": 5.0 + i, "gold": g, "fluency": None, "tokens": 3.0} for i, g in enumerate(gold)
     ]
-    results = {"curves": {"direct": points}, "judges": {"direct": "direct-sft"}}
+    results = {"curves": {"direct": points}, "kinds": {"direct": "direct"}}
     annotate.write_json(study / name / "evaluation/gold.json", results)
 
 

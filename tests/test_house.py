@@ -116,6 +116,15 @@ def test_only_where_all_is_refused_nothing_is_kept(tmp_path: Path, capsys: Any) 
     assert sorted(r["id"] for r in annotate.read_jsonl(path)) == ["0", "1", "2", "3"]
 
 
+def test_where_the_server_failed_it_is_asked_again(tmp_path: Path) -> None:
+    path, tasks = tmp_path / "x.jsonl", {str(i): i for i in range(4)}
+    causes = {1: "refused (503): busy", 2: "refused (400): no"}
+    annotate.map_to_jsonl(path, tasks, lambda i: {"cause": causes.get(i)}, "test", 2)
+    records = annotate.map_to_jsonl(path, tasks, lambda i: {"cause": f"again {i}"}, "test", 2)
+    assert [record["cause"] for record in records] == [None, "again 1", causes[2], None]
+    assert len(annotate.read_jsonl(path)) == 4
+
+
 HOLD = """
 import sys, time
 from importlib import import_module
@@ -142,6 +151,7 @@ def test_a_folder_has_one_user_and_one_set_of_options(tmp_path: Path, capsys: An
     assert annotate.read_options(folder) == options
     (folder / "metrics.jsonl").touch()
     annotate.record_config(folder, {**options, "threads": 9})
+    assert annotate.read_options(folder)["threads"] == 9, "later stages read where gold runs now"
     with pytest.raises(SystemExit):
         annotate.record_config(folder, {**options, "lr": 0.2})
     message = capsys.readouterr().err

@@ -239,6 +239,8 @@ def test_an_epoch_is_chosen_by_what_rewards_a_policy() -> None:
     assert flat["alpha"] == sharp["alpha"] == 100 and flat["alpha_expected"] < sharp["alpha_expected"]
     chosen = [sft.selection_score(scores) for scores in (score(None, None, None), flat, broken, sharp)]
     assert chosen == sorted(chosen) and chosen[0] == -math.inf and len(set(chosen)) == 4
+    wrong = {"alpha_expected": -30.0, "invalid": 0.0}
+    assert sft.selection_score(wrong) > sft.selection_score({**wrong, "invalid": 90.0})
 
 
 def test_pairs_are_scored_by_the_place_of_golds_choice() -> None:
