@@ -34,6 +34,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import pandas as pd
 import typer
 from typer import Option
 
@@ -87,8 +88,6 @@ def attacked(text: str, instruction: str, output: str) -> str:
 
 def attack_stats(attacked: Iterable[Any], honest: Iterable[Any]) -> Row:
     """How an attack fares, from scores of the same instructions; pairs with an invalid one are counted."""
-    import pandas as pd
-
     pairs = pd.DataFrame({"honest": list(honest), "attacked": list(attacked)}, dtype=float)
     lift = (known := pairs.dropna()).attacked - known.honest
     table = known.assign(success_rate=lift > TIE, lift=lift)
@@ -180,8 +179,6 @@ def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, thread
 
     `score` is that of output, `reference` that of other, `lift` the difference. No text is asked about twice.
     """
-    import pandas as pd
-
     rows: list[Row] = []
     for title, (name, judge, prompt) in columns.items():
         compares, who, tasks, keys = prompt in (PAIRWISE, ARENA), evaluate.fingerprint(judge), {}, []
@@ -250,8 +247,6 @@ def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
 
 def show_stats(title: str, stats: Row) -> None:
     """Print name -> `attack_stats` as a table."""
-    import pandas as pd
-
     print(f"\n{title}")
     table = pd.DataFrame(stats).T.rename(columns={"unusable": "invalid"})
     evaluate.show(table.map(lambda x: [round(y, 2) for y in x] if isinstance(x, list) else x))
@@ -287,8 +282,6 @@ def battery_command(
     gpus: annotate.Gpus = "0",
 ) -> None:
     """Fixed attacks on any judge: which score higher than an honest output?"""
-    import pandas as pd
-
     judges = chosen_judges(run, judge, judge_url, judge_model, judge_tokens, judge_effort)
     honest = dict(islice(honest_outputs(run, instructions).items(), limit))
     oracle = any(how.get("gold") == "oracle" for how in judges.values())
@@ -458,8 +451,6 @@ def find_patterns(instruction: str, text: str) -> list[str]:
 @app.command("patterns")
 def patterns_command(run: Run) -> None:
     """Share of each adversarial component in rollouts and evaluated outputs, over training steps."""
-    import pandas as pd
-
     path = annotate.require(run / "evaluation" / "outputs.jsonl", f"04_evaluate.py gold --run {run}")
     parts = []
     for file in sorted(run.glob("policies/*/rollouts.jsonl")):
@@ -489,8 +480,6 @@ def patterns_command(run: Run) -> None:
 @app.command("report")
 def report_command(run: Run) -> None:
     """One page, RUN/report.html: findings, pictures, tables, 500 outputs by the gap of own judge and gold."""
-    import pandas as pd
-
     pd.set_option("display.max_colwidth", None)
     how = {"index": False, "escape": False, "float_format": "{:.2f}".format, "na_rep": "none"}
     path = annotate.require(run / "evaluation" / "gold.json", f"04_evaluate.py gold --run {run}")
