@@ -58,6 +58,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import openai
 import typer
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -378,8 +379,6 @@ def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: in
     The final text of a finished answer must match `wanted` as a whole. The server's reasoning parser keeps
     reasoning apart (gpt-oss: the analysis channel); a model without one may put it first, in `<think>`.
     """
-    import openai
-
     for tokens in (max_tokens, 2 * max_tokens):
         try:
             text, reasoning, finished = endpoint.chat(messages, tokens, effort)
@@ -606,8 +605,6 @@ def fail(message: str) -> NoReturn:
 
 def start(app: typer.Typer) -> NoReturn:
     """Run a stage's command. Whatever ends it: `finally` ends its servers, nobody waits for their answers."""
-    import openai
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # requests in flight are open files
@@ -894,8 +891,6 @@ class Endpoint:
     """
 
     def __init__(self, url: str, key: str, model: str, retries: int = 14) -> None:
-        import openai
-
         self.url, self.key, self.model = url, key, model
         how = {"api_key": key, "max_retries": retries, "timeout": 3600}
         self.clients = [openai.OpenAI(base_url=url, **how) for url in url.split(",")]
@@ -919,8 +914,6 @@ class Endpoint:
 
     def chat(self, messages: Messages, max_tokens: int, effort: str = "none") -> Any:
         """(final text, reasoning, finished) of one answer, at temperature 0."""
-        import openai
-
         safe = [{**m, "content": escape_special_tokens(m["content"], self.tokenizer)} for m in messages]
         request = {"model": self.model, "messages": safe}
         request |= {} if effort == "none" else {"reasoning_effort": effort}
@@ -949,8 +942,6 @@ class Endpoint:
 
     def status(self) -> int:
         """HTTP's status of its list of models, which not every server has; 0: no such server."""
-        import openai
-
         try:
             asked = [client.with_options(max_retries=0, timeout=60) for client in self.clients]
             return 200 if all([client.models.list().data for client in asked]) else 0

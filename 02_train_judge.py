@@ -36,6 +36,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import openai
 import typer
 from tqdm import tqdm
 from typer import Option
@@ -122,8 +123,6 @@ def ask_judge(
     too long, thinking that does not close, or a request that the server refuses make the judgement invalid:
     no label, no score, and a `cause`.
     """
-    import openai
-
     row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
     verdict = dict.fromkeys(("label", "expected", "probabilities")) | {"thinking": "", "thinking_tokens": 0}
@@ -503,7 +502,6 @@ def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
 
 
 def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], arguments: Any) -> None:
-    import openai
     import torch
 
     devices, on_gpu = [int(gpu) for gpu in gpus.split(",")], torch.cuda.is_available()
