@@ -458,13 +458,6 @@ def gold_endpoint(gold: Options, logs: Path) -> Iterator[Endpoint | None]:
             yield endpoint
 
 
-@contextlib.contextmanager
-def gold_judge(gold: Options, logs: Path) -> Iterator[Callable[..., Verdict]]:
-    """The run's gold judge as a function (instruction, output, other=None) -> verdict."""
-    with gold_endpoint(gold, logs) as endpoint:
-        yield partial(grade, gold, endpoint)
-
-
 def make_pairs(outputs: Iterable[Row], seed: int) -> dict[str, Row]:
     """id -> {instruction, output, other, swapped, …} of neighbouring outputs, in random order."""
     pairs = {}

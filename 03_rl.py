@@ -444,8 +444,9 @@ def judge_to_please(options: Options, run: Path, door: Any) -> Iterator[Ask | No
     elif options["judge"] == TRUTH:
         yield lambda text, output: {"expected": annotate.truth(text, output)}
     else:
-        with annotate.gold_judge(annotate.read_options(run / "annotations"), run / "logs") as grade:
-            yield grade
+        gold = annotate.read_options(run / "annotations")
+        with annotate.gold_endpoint(gold, run / "logs") as endpoint:
+            yield partial(annotate.grade, gold, endpoint)
 
 
 def train_rank(options: Options, run: Path, folder: Path, doors: Sequence[Any]) -> None:

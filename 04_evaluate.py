@@ -144,8 +144,8 @@ def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Itera
         options = annotate.read_options(servers.run / "annotations")
         if options["gold"] != "oracle":  # the GPUs are for gold's own server
             servers.close()
-        with annotate.gold_judge(options, servers.run / "logs") as grade:
-            yield grade
+        with annotate.gold_endpoint(options, servers.run / "logs") as endpoint:
+            yield partial(annotate.grade, options, endpoint)
     else:
         judge = judges[name]
         with servers.adapter(judge["model"], judge["adapter"]) as (endpoint, served):

@@ -285,9 +285,11 @@ def test_the_gold_command_starts_each_server_once(
 def test_gold_that_is_no_oracle_has_no_truth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def gold(options: Any, logs: Path) -> Any:
-        yield lambda *_: {"label": 5, "expected": 5.0, "cause": None} if options["gold"] == "x" else None
+        yield options["gold"]
 
-    monkeypatch.setattr(annotate, "gold_judge", gold)
+    monkeypatch.setattr(annotate, "gold_endpoint", gold)
+    said = {"x": {"label": 5, "expected": 5.0, "cause": None}}
+    monkeypatch.setattr(annotate, "grade", lambda options, endpoint, *_: said[endpoint])
     annotate.write_json(folder / "annotations/config.json", {"options": {"gold": "x", "preset": "laptop"}})
     (folder / "policies/pairwise/policy.json").unlink()
     result = run(f"gold --run {folder}")
