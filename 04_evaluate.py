@@ -54,10 +54,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__
 # --- What a run holds, and the server that is up ----------------------------------------------------
 
 
-def is_pairwise(judge: Row) -> bool:
-    return bool(judge.get("pairwise"))
-
-
 def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
     """name -> judge.json of every finished judge, and of every base model untrained, whose `adapter` is None:
 
@@ -70,7 +66,7 @@ def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
     rubrics = prompted and (run / "annotations" / "rubrics.json").exists()
     for judge, thinks, rubric in itertools.product(found.values(), {False, prompted}, {False, rubrics}):
         words = {BASE: True, Path(judge["model"]).name: judge["model"] != next(iter(found.values()))["model"]}
-        words |= {"pairwise": is_pairwise(judge), "reasoning": thinks, "rubrics": rubric}
+        words |= {"pairwise": judge.get("pairwise"), "reasoning": thinks, "rubrics": rubric}
         room = max(other["max_thinking"] for other in found.values())
         base = {**judge, "adapter": None, "reasoning": thinks, "rubrics": rubric, "max_thinking": room}
         bases["-".join(word for word, holds in words.items() if holds)] = base
@@ -225,7 +221,7 @@ def score_outputs(
     A pairwise judge compares with the output of the policy's base, which is among `outputs`.
     """
     tasks = {row["id"]: row for row in outputs}
-    pairwise = name == PAIRWISE_GOLD or is_pairwise(judges.get(name, {}))
+    pairwise = name == PAIRWISE_GOLD or judges.get(name, {}).get("pairwise")
     bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
 
     def work(row: Row) -> Row:
@@ -380,7 +376,7 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
         if judge not in (*judges, GOLD, TRUTH):
             annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
         record = judges.get(judge, {})
-        gold = PAIRWISE_GOLD if is_pairwise(record) else GOLD
+        gold = PAIRWISE_GOLD if record.get("pairwise") else GOLD
         readers[name] = {"own": judge, "gold": gold, **truth}  # column -> judge
         if record and gold == GOLD:
             kinds[name] = "reasoning" if record["reasoning"] else "direct"
@@ -427,7 +423,7 @@ def judges_command(
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
         for name in sorted(judges, key=lambda name: judges[name]["model"]):
-            path, pairwise = folder / "judges" / file_of(name, judges), is_pairwise(judges[name])
+            path, pairwise = folder / "judges" / file_of(name, judges), judges[name].get("pairwise", False)
             rows = {row["id"]: row for row in sft.labelled(run, "judge_test", pairwise=pairwise)}
             if missing(path, rows):
                 with open_judge(name, judges, servers) as grade:

@@ -285,7 +285,7 @@ def battery_command(
     judges = chosen_judges(run, judge, judge_url, judge_model, judge_tokens, judge_effort)
     honest = dict(islice(honest_outputs(run, instructions).items(), limit))
     oracle = any(how.get("gold") == "oracle" for how in judges.values())
-    fixed = prompt and (oracle or any(map(evaluate.is_pairwise, judges.values())))
+    fixed = prompt and (oracle or any(how.get("pairwise") for how in judges.values()))
     if fixed or (json_path and len(judges) > 1):
         annotate.fail("--json takes one judge; --prompt takes no pairwise one, and not the laptop's gold.")
     try:
@@ -297,7 +297,7 @@ def battery_command(
     texts += [(TEST, row["instruction"], row["output"], row["output"], row["label"]) for row in labelled]
     pairs = [dict(zip(("attack", "instruction", "output", "other", "label"), text)) for text in texts]
     columns = {f"{name}, {way}": (name, how, str(way)) for name, how in judges.items() for way in prompt}
-    own = {name: (POINTWISE, PAIRWISE)[evaluate.is_pairwise(how)] for name, how in judges.items()}
+    own = {name: PAIRWISE if how.get("pairwise") else POINTWISE for name, how in judges.items()}
     columns = columns or {name: (name, how, own[name]) for name, how in judges.items()}
     folder, results, costs = run / "attacks" if run else out, {}, {}
     annotate.record_config(folder, {})
@@ -387,7 +387,7 @@ def transfer_command(
     else:  # does hardening its prompt help?
         chats[GOLD] = gold
     for name, how in sorted(judges.items(), key=lambda item: item[1]["model"]):
-        columns[name] = name, how, (POINTWISE, PAIRWISE)[evaluate.is_pairwise(how)]
+        columns[name] = name, how, PAIRWISE if how.get("pairwise") else POINTWISE
     ways = [(n, how, str(way)) for (n, how), way in product(chats.items(), style)]
     columns |= {f"{n}-{way}": (n, how, way) for n, how, way in ways if how is not gold or way != POINTWISE}
     annotate.record_config(folder, {})

@@ -330,7 +330,7 @@ def test_untrained_judges(folder: Path) -> None:
         base["adapter"] is None
         and base["reasoning"]
         and base["max_thinking"] == 64
-        and not evaluate.is_pairwise(base)
+        and not base.get("pairwise")
     )
     assert found["direct-sft"]["adapter"] == folder / "judges/direct-sft/epoch-1"
     annotate.write_json(folder / "annotations/rubrics.json", {})
