@@ -30,6 +30,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -406,13 +407,9 @@ def selection_score(scores: dict[str, Any]) -> float:
     return fmean(values) - scores["invalid"] if values else -math.inf
 
 
-def judge_rows(path: Path, judge: Judge, rows: Iterable[Row], label: str, threads: int) -> list[Row]:
-    """The judgements of annotated `rows` by `judge`, kept in `path`: {id, gold, label, expected, …}."""
-
-    def work(row: Row) -> Row:
-        return {"gold": row["label"], **ask_judge(judge, row["instruction"], row["output"], row.get("other"))}
-
-    return annotate.map_to_jsonl(path, {row["id"]: row for row in rows}, work, label, threads)
+def judge_row(ask: Callable[..., Verdict], row: Row) -> Row:
+    """The verdict of a judge on an annotated output (or pair), beside gold's label."""
+    return {"gold": row["label"], **ask(row["instruction"], row["output"], row.get("other"))}
 
 
 # What a later stage must know of a judge, beside where its adapter is.
@@ -422,14 +419,14 @@ VARIANTS = ("effort", "rubrics", "pairwise")
 
 def choose_epoch(options: Options, run: Path, folder: Path) -> None:
     """Judge the validation outputs with each epoch's adapter; the best `selection_score` makes the judge."""
-    rows = labelled(run, "judge_validation", pairwise=options["pairwise"])
+    tasks = {row["id"]: row for row in labelled(run, "judge_validation", pairwise=options["pairwise"])}
     tokenizer, scores = annotate.load_tokenizer(options["model"]), {}
     with serve_adapters([options], run, options["gpus"]) as endpoint:
         for name in (f"epoch-{epoch}" for epoch in range(1, options["epochs"] + 1)):
             endpoint.load_adapter(name, folder / name)
-            judge = open_judge(endpoint, tokenizer, name, options, run)
-            path = folder / f"validation-{name[6:]}.jsonl"
-            records = judge_rows(path, judge, rows, name, options["threads"])
+            ask = partial(ask_judge, open_judge(endpoint, tokenizer, name, options, run))
+            path, work = folder / f"validation-{name[6:]}.jsonl", partial(judge_row, ask)
+            records = annotate.map_to_jsonl(path, tasks, work, name, options["threads"])
             scores[name] = agreement(records, options["pairwise"])
             print(f"{name}: {describe(scores[name])}", flush=True)
             endpoint.unload_adapter(name)

@@ -127,8 +127,16 @@ class ServerCache(ExitStack):
         self.endpoint = None
 
 
-def missing(path: Path, ids: Iterable[str]) -> bool:
-    return bool(set(ids) - {record["id"] for record in annotate.read_done(path)})
+def kept(path: Path, tasks: Row, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
+    """The records of all `tasks` (id -> task) in `path`; what it lacks `work` makes of what `opening` yields.
+
+    So no server is started where nothing is left to do.
+    """
+    known = {record["id"]: record for record in annotate.read_done(path)}
+    if tasks.keys() <= known.keys():
+        return [known[key] for key in tasks]
+    with opening as opened:
+        return annotate.map_to_jsonl(path, tasks, partial(work, opened), label, threads)
 
 
 @contextmanager
@@ -152,11 +160,11 @@ def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Itera
 # --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------
 
 
-def write_output(policy: Row, tokenizer: Any, endpoint: Any, served: str | None, row: Row) -> Row:
+def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
     """`row` with the policy's output and its `fluency`, the mean log-probability under the untrained base."""
-    prompt = annotate.policy_prompt(tokenizer, row["instruction"])
+    prompt, (endpoint, adapter) = annotate.policy_prompt(tokenizer, row["instruction"]), served
     limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
-    (sample,) = endpoint.sample(prompt, model=served, **limits)
+    (sample,) = endpoint.sample(prompt, model=adapter, **limits)
     text = {"output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
     return {**row, **text, "fluency": fmean(token_logprobs(endpoint, prompt, sample.tokens_T))}
 
@@ -177,18 +185,16 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
     texts = {row["id"]: row["instruction"] for row in rows if row["split"] == "policy_test"}
     for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
         tokenizer = annotate.load_tokenizer(policy["model"])
-        prompt = partial(annotate.policy_prompt, tokenizer)
+        prompt, work = partial(annotate.policy_prompt, tokenizer), partial(write_output, policy, tokenizer)
         fitting = [(key, text) for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]]
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
             who = f"{name}:{step}:{fingerprint({'adapter': adapter})}" if step else base_of(policy)
             about = {"policy": name if step else BASE, "step": step, "base": base_of(policy)}
             some = fitting[:: 1 if step in (0, max(policy["checkpoints"])) else 2]
             tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in some}
-            if missing(path, tasks):
-                with servers.adapter(policy["model"], adapter) as served:
-                    work = partial(write_output, policy, tokenizer, *served)
-                    annotate.map_to_jsonl(path, tasks, work, f"outputs of {who}", threads)
-            outputs |= {row["id"]: row for row in annotate.read_jsonl(path) if row["id"] in tasks}
+            served = servers.adapter(policy["model"], adapter)
+            made = kept(path, tasks, served, work, f"outputs of {who}", threads)
+            outputs |= {row["id"]: row for row in made}
     annotate.write_jsonl(path, outputs.values())
     return list(outputs.values())
 
@@ -213,27 +219,25 @@ def against_baseline(grade: Callable[..., Row], row: Row, baseline: str) -> Row:
     return verdict
 
 
-def score_outputs(
-    path: Path, outputs: Any, name: str, judges: Any, servers: Any, threads: int
-) -> dict[str, float | None]:
-    """id -> expected score (0-9) of `outputs` by the judge `name`, kept in `path`; None where invalid.
+def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, threads: int) -> Row:
+    """id -> expected score (0-9) of `outputs` by the judge `name`; None where invalid.
 
-    A pairwise judge compares with the output of the policy's base, which is among `outputs`.
+    A pairwise judge compares with the output of the policy's own base, which is among `outputs`.
     """
-    tasks = {row["id"]: row for row in outputs}
     pairwise = name == PAIRWISE_GOLD or judges.get(name, {}).get("pairwise")
     bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
 
-    def work(row: Row) -> Row:
+    def work(grade: Callable[..., Row], row: Row) -> Row:
         if pairwise:
             return against_baseline(grade, row, bases[row["base"], row["instruction"]])
         return grade(row["instruction"], row["output"])
 
-    if missing(path, tasks):
-        with open_judge(name, judges, servers) as grade:
-            annotate.map_to_jsonl(path, tasks, work, f"{name} scores", threads)
-    expected = {record["id"]: record["expected"] for record in annotate.read_jsonl(path, ["id", "expected"])}
-    return {key: expected[key] for key in tasks}
+    path, tasks = (
+        servers.run / "evaluation/scores" / file_of(name, judges),
+        {row["id"]: row for row in outputs},
+    )
+    records = kept(path, tasks, open_judge(name, judges, servers), work, f"{name} scores", threads)
+    return {record["id"]: record["expected"] for record in records}
 
 
 def bootstrap(values: Any, level: float = 0.95) -> list[float] | None:
@@ -390,8 +394,7 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
         models = {GOLD: "", PAIRWISE_GOLD: "", TRUTH: ""} | {n: judge["model"] for n, judge in judges.items()}
         for judge in sorted(models, key=lambda j: (not models[j], models[j] != now, models[j])):
             asked = [row for name in policies if judge in readers[name].values() for row in outputs[name]]
-            path = folder / "scores" / file_of(judge, judges)
-            scores[judge] = score_outputs(path, asked, judge, judges, servers, threads) if asked else {}
+            scores[judge] = score_outputs(asked, judge, judges, servers, threads)
     points = {}
     for name, keys in readers.items():
         frame = pd.DataFrame(outputs[name]).sort_values("id")
@@ -425,10 +428,7 @@ def judges_command(
         for name in sorted(judges, key=lambda name: judges[name]["model"]):
             path, pairwise = folder / "judges" / file_of(name, judges), judges[name].get("pairwise", False)
             rows = {row["id"]: row for row in sft.labelled(run, "judge_test", pairwise=pairwise)}
-            if missing(path, rows):
-                with open_judge(name, judges, servers) as grade:
-                    sft.judge_rows(path, grade.args[0], rows.values(), name, threads)
-            verdicts = [verdict for verdict in annotate.read_jsonl(path, ["id"]) if verdict["id"] in rows]
+            verdicts = kept(path, rows, open_judge(name, judges, servers), sft.judge_row, name, threads)
             scores[name] = sft.agreement(verdicts, pairwise=pairwise)
     annotate.write_json(folder / "judges.json", scores)
     for measure in ("alpha", "accuracy"):
@@ -738,11 +738,10 @@ def arena_command(
     print(f"{label}: {len(short)} of {len(tasks)} questions; the others are over {room} tokens, left out")
     asked = {uid: {"instruction": task["prompt"]} for uid, task in short.items()}
     path = folder / "answers" / f"{label}.jsonl"
-    if missing(path, asked):
-        user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
-        with ServerCache(run, [user], gpus) as servers, servers.adapter(model, adapter) as served:
-            work = partial(write_output, user, tokenizer, *served)
-            annotate.map_to_jsonl(path, asked, work, f"answers of {label}", threads)
+    user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+    with ServerCache(run, [user], gpus) as servers:
+        served, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
+        kept(path, asked, served, work, f"answers of {label}", threads)
     ours = {row["id"]: row["output"] for row in annotate.read_jsonl(path)}
     publish(label, ours)
     path = folder / "model_judgment" / judge / f"{label}.jsonl"

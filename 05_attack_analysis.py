@@ -28,7 +28,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import partial
 from importlib import import_module
 from itertools import islice, product
 from pathlib import Path
@@ -188,10 +187,8 @@ def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, thread
             keys.append(annotate.short_hash(who, *map(str, task.values())))
             tasks[keys[-1]] = task
         path = folder / "scores" / f"{name}.jsonl"
-        if evaluate.missing(path, tasks):
-            with opened(name, judge, servers) as asked:
-                annotate.map_to_jsonl(path, tasks, partial(score, asked), f"{title} judges", threads)
-        known = {record["id"]: record for record in annotate.read_jsonl(path, ["id"])}
+        asked, label = opened(name, judge, servers), f"{title} judges"
+        known = {row["id"]: row for row in evaluate.kept(path, tasks, asked, score, label, threads)}
         verdicts = iter([known[key] for key in keys])
         for pair in pairs:
             one, two = next(verdicts), {"expected": 4.5, "cause": None} if compares else next(verdicts)

@@ -271,8 +271,8 @@ def test_the_gold_command_starts_each_server_once(
         started.append(users[0]["model"])
         yield SimpleNamespace(model=users[0]["model"], load_adapter=print, unload_adapter=print)
 
-    def write_output(policy: Any, tokenizer: Any, endpoint: Any, served: Any, row: Any) -> Any:
-        return {**row, "output": served or "the base", "tokens": 2, "finished": True, "fluency": -1.0}
+    def write_output(policy: Any, tokenizer: Any, served: Any, row: Any) -> Any:
+        return {**row, "output": served[1] or "the base", "tokens": 2, "finished": True, "fluency": -1.0}
 
     monkeypatch.setattr(sft, "serve_adapters", serve_adapters)
     monkeypatch.setattr(sft, "ask_judge", lambda *_: {"label": 1, "expected": 1.5, "cause": None})

@@ -87,7 +87,7 @@ def test_fluency_is_the_base_models_logprob(server: Any, tokenizer: Any) -> None
     """By an independent forward pass, and at temperature 1, whatever the policy's is."""
     policy = {"temperature": 0.3, "max_tokens": 12}
     row = {"policy": "direct", "step": 8, "instruction": ASKED}
-    found = evaluate.write_output(policy, tokenizer, server, None, row)
+    found = evaluate.write_output(policy, tokenizer, (server, None), row)
     assert found.keys() == {*row, "output", "tokens", "finished", "fluency"} and 0 < found["tokens"] <= 12
     prompt, tokens = (
         annotate.policy_prompt(tokenizer, ASKED),
