@@ -105,17 +105,14 @@ class ServerCache(ExitStack):
         super().__init__()
         self.run, self.users, self.gpus, self.endpoint = run, list(users), gpus, None
 
-    def get(self, model: str) -> Any:
+    @contextmanager
+    def adapter(self, model: str, path: Path | None) -> Iterator[tuple[Any, str | None]]:
+        """(endpoint, served name) of `model` with the adapter in `path`, or without any."""
         if self.endpoint is None or self.endpoint.model != model:
             self.close()
             users = [user for user in self.users if user["model"] == model]
             self.endpoint = self.enter_context(sft.serve_adapters(users, self.run, self.gpus, count=2))
-        return self.endpoint
-
-    @contextmanager
-    def adapter(self, model: str, path: Path | None) -> Iterator[tuple[Any, str | None]]:
-        """(endpoint, served name) of `model` with the adapter in `path`, or without any."""
-        endpoint, name = self.get(model), annotate.short_hash(str(path)) if path else None
+        endpoint, name = self.endpoint, annotate.short_hash(str(path)) if path else None
         if path:
             endpoint.load_adapter(name, path)
         yield endpoint, name
