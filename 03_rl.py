@@ -132,7 +132,6 @@ class Rollout:
     notes: Row
 
 
-Groups = list[list[Rollout]]
 Rewards = tuple[list[float | None], list[Row]]  # of a group's rollouts, and what to note of each
 
 
@@ -200,7 +199,7 @@ def prompts_of_step(rows: Sequence[Row], step: int, prompts: int, seed: int) -> 
     return [orders[epoch][place] for epoch, place in places]
 
 
-def collect(endpoint: Any, adapter: str, task: Task, rows: Sequence[Row], options: Options) -> Groups:
+def collect(endpoint: Any, adapter: str, task: Task, rows: Sequence[Row], options: Options) -> list[Any]:
     """A group of G rewarded rollouts for each of `rows`; a group is judged while others are still sampled."""
 
     def one_group(row: Row) -> list[Rollout]:
@@ -345,38 +344,16 @@ def show(records: Sequence[Row], step: int) -> None:
 # --- The two tasks --------------------------------------------------------------------------------
 
 
-def prompt_maker(options: Options, run: Path) -> Callable[[Row], list[int]]:
-    """The function that makes a row's prompt, for the judge or the policy to be trained."""
-    tokenizer, judge = annotate.load_tokenizer(options["model"]), options["judge_record"]
-    if options["task"] == "policy":
-        return lambda row: annotate.policy_prompt(tokenizer, row["instruction"])
-    rubrics = sft.read_rubrics(run) if judge.get("rubrics") else None
-    return lambda row: sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
-
-
-def rows_to_train_on(options: Options, run: Path) -> Iterator[Row]:
-    """The rows whose prompt fits `max_prompt`, one by one: for 200,000, each rank tokenises for 6 minutes."""
-    prompt = prompt_maker(options, run)
-    if options["task"] == "judge":
-        rows = sft.labelled(run, "judge_train", pairwise=options["judge_record"].get("pairwise"))
-    else:
-        rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
-        rows = [row for row in rows if row["split"] == "policy_train"]
-    return (row for row in rows if len(prompt(row)) <= options["max_prompt"])
-
-
-def check_rows(options: Options, run: Path) -> None:
-    """End the command, before servers start, if there is nothing to train on."""
-    if next(rows_to_train_on(options, run), None) is None:
-        fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
-
-
 def judge_task(options: Options, run: Path) -> Task:
     """A judge against gold labels: eq. 1, or eq. 3 for a pairwise one."""
-    judge, pairwise = options["judge_record"], options["judge_record"].get("pairwise")
+    tokenizer, judge = annotate.load_tokenizer(options["model"]), options["judge_record"]
+    rubrics, pairwise = sft.read_rubrics(run) if judge.get("rubrics") else None, judge.get("pairwise")
     labels = annotate.PAIRWISE_LABELS if pairwise else annotate.LABELS
     reward = pairwise_verifiable_reward if pairwise else verifiable_reward
     causes = {True: "ill-formed", False: None}
+
+    def prompt(row: Row) -> list[int]:
+        return sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
 
     def rewards(row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
         read_G = [read_score(s.text, judge["reasoning"], labels) if s.finished else None for s in samples_G]
@@ -384,7 +361,7 @@ def judge_task(options: Options, run: Path) -> Task:
         return [reward(label, row["label"]) for label in read_G], notes_G
 
     start = Path(options["start"]) if options["start"] else None
-    return Task(list(rows_to_train_on(options, run)), prompt_maker(options, run), rewards, start)
+    return Task(sft.labelled(run, "judge_train", pairwise=pairwise), prompt, rewards, start)
 
 
 Ask = Callable[..., Row]  # (instruction, output, other=None) -> verdict
@@ -418,12 +395,20 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
     return [fmean(p) if p else None for p in points], notes_G
 
 
-def policy_task(options: Options, run: Path, ask: Ask) -> Task:
+def policy_task(options: Options, run: Path, ask: Ask | None) -> Task:
     """A policy against a frozen judge: its expected score, or eq. 4 for a pairwise judge."""
+    tokenizer = annotate.load_tokenizer(options["model"])
+    rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
+    rows = [row for row in rows if row["split"] == "policy_train"]
     rewards = partial(pointwise_rewards, ask)
     if (options["judge_record"] or {}).get("pairwise"):
         rewards = partial(pairwise_rewards, ask, options["opponents"])
-    return Task(list(rows_to_train_on(options, run)), prompt_maker(options, run), rewards)
+    return Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rewards)
+
+
+def fitting_rows(options: Options, task: Task) -> Iterator[Row]:
+    """The rows whose prompt fits `max_prompt`, one by one: for 200,000, each rank tokenises for 6 minutes."""
+    return (row for row in task.rows if len(task.prompt(row)) <= options["max_prompt"])
 
 
 # --- Where everything runs: servers on their GPUs, ranks on theirs --------------------------------
@@ -453,6 +438,7 @@ def train_rank(options: Options, run: Path, folder: Path, doors: Sequence[Any]) 
     """What a rank does. `doors`: (url, key, model, retries) of the trained model's server, its judge's."""
     with judge_to_please(options, run, doors[-1]) as ask:
         task = policy_task(options, run, ask) if ask else judge_task(options, run)
+        task.rows = list(fitting_rows(options, task))
         grpo(options, folder, annotate.Endpoint(*doors[0]), task)
 
 
@@ -462,6 +448,9 @@ def train(options: Options, run: Path, folder: Path, record: Row, adapter: Path 
     One server plays policy and judge (`adapter`) where both have the same base model. A server alone on a GPU
     takes 0.9 of its memory, servers that share one equal parts; half of it is left to a rank that trains.
     """
+    task = policy_task(options, run, None) if options["task"] == "policy" else judge_task(options, run)
+    if next(fitting_rows(options, task), None) is None:
+        fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
     mine, others = options["policy_gpus"], options["judge_gpus"] if adapter else ""
     judge, ranks = options["judge_record"], set(options["train_gpus"].split(","))
     same = bool(adapter) and judge["model"] == options["model"]
@@ -569,7 +558,6 @@ def train_judge(
     options |= {"beta": 0.0, "policy_gpus": judge_gpus}
     room = options["max_prompt"] + options["max_tokens"]
     sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")
-    check_rows(options, run)
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         train(options, run, folder, {**record, "adapter": f"checkpoints/step-{steps:06d}"})
@@ -621,7 +609,6 @@ def train_policy(
     if opponents % 2:
         fail(f"--opponents {opponents}: must be even, half of them on each side in the circle.")
     sft.check_context(model, max_prompt + max_tokens, "--max-prompt and --max-tokens")
-    check_rows(options, run)
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
         record = {key: value for key, value in options.items() if key != "judge_record"}

@@ -306,7 +306,6 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     limits = {"max_thinking": 50, "temperature": 0.5, "max_prompt": 300}
     judge = {**lora, **limits, "model": model, "reasoning": True, "adapter": "epoch-1", "effort": "low"}
     annotate.write_json(tmp_path / "judges/mine-sft/judge.json", judge)
-    monkeypatch.setattr(rl, "check_rows", lambda *_: None)
     monkeypatch.setattr(rl, "train", lambda *arguments: found.append(arguments))
 
     def asked_for(line: str) -> tuple[Any, ...]:
@@ -346,8 +345,10 @@ def test_servers_and_ranks_share_the_memory(tmp_path: Path, gpus: str, monkeypat
 
     monkeypatch.setattr(sft, "serve_adapters", serve)
     monkeypatch.setattr(sft, "on_ranks", lambda *_: None)
+    monkeypatch.setattr(rl, "policy_task", lambda *_: rl.Task([{}], lambda row: [1], None))
     options = dict(zip(("policy_gpus", "judge_gpus", "train_gpus"), gpus.split()))
-    options |= {"task": "policy", "model": "m", "judge_record": {"model": "m" if "same" in gpus else "other"}}
+    options |= {"task": "policy", "model": "m", "max_prompt": 9}
+    options["judge_record"] = {"model": "m" if "same" in gpus else "other"}
     rl.train(options, tmp_path, tmp_path, {}, tmp_path)
     assert found == pytest.approx(SHARES[gpus])
 
