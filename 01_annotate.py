@@ -285,8 +285,6 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
         counts[f"rows {reason}"] += 1
     print(f"{data}: {len(table):,} rows, candidates from {', '.join(sorted(off_policy))}")
     print("\n".join(f"  {count:8,}  {name}" for name, count in [*sources.items(), *counts.items()]))
-    if not candidates:
-        fail(f"--data {data}: no row gives the judges anything to grade; the counts above say why.")
     # Held-out instructions come first, and have two candidates: so their sets have a known size in outputs.
     pairs = [text for text, texts in candidates.items() if len(texts) >= at_least]
     dealt = split_instructions(pairs, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
@@ -345,7 +343,7 @@ def fill_case(case: str, rubric: str = "", **texts: str) -> str:
 
     It is new for every output, the same on resume, and no output contains its own, so as to close its block.
     """
-    code = hashlib.sha256("\0".join(texts.values()).encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    code = short_hash(*texts.values())[:6]
     rubric = f"Rubric:\n{rubric}\n\n" if rubric else ""
     texts = {name: text.replace(code, "-" * 6) for name, text in texts.items()}
     return case.format(code=code, rubric=rubric, **texts)

@@ -524,14 +524,14 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def over_ranks(values: Sequence[float], how: str = "SUM") -> list[float]:
-    """The sums (or with `how` MAX, the maxima) of `values` over the ranks. All wait for each other here."""
+def over_ranks(values: Sequence[float]) -> list[float]:
+    """The sums of `values` over the ranks. All wait for each other here."""
     import torch
     import torch.distributed as dist
 
     numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo
     if dist.is_initialized():
-        dist.all_reduce(numbers, getattr(dist.ReduceOp, how))
+        dist.all_reduce(numbers)
     return numbers.tolist()
 
 
