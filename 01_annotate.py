@@ -50,7 +50,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from enum import StrEnum
@@ -442,18 +442,13 @@ def write_rubric(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
     return {"rubric": rubric or "", "cause": cause}
 
 
-@contextlib.contextmanager
-def gold_endpoint(gold: Options, logs: Path) -> Iterator[Endpoint | None]:
-    """The endpoint of the run's gold judge: none for the oracle, a given URL, or our own server."""
+def gold_endpoint(gold: Options, logs: Path) -> Any:
+    """A context with the endpoint of the run's gold judge: none for the oracle."""
     if gold["gold"] == "oracle":
-        yield None
-    elif gold["gold_url"]:
-        yield open_endpoint(gold["gold_url"], gold["gold"], "GOLD_API_KEY")
-    else:
-        # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
-        room = min(512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"], context_length(gold["gold"]))
-        with serve(gold["gold"], logs, room, gold["gpus"]) as endpoint:
-            yield endpoint
+        return contextlib.nullcontext()
+    # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
+    room = 512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"]
+    return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, gold["gpus"], logs)
 
 
 def make_pairs(outputs: Iterable[Row], seed: int) -> dict[str, Row]:
@@ -1055,6 +1050,16 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
                 process.wait(20)
             with contextlib.suppress(ProcessLookupError):  # an engine outlives a server that was killed
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def chat_endpoint(model: str, url: str, variable: str, room: int, gpus: str, logs: Path) -> Any:
+    """A chat model at `url`, its key in the environment's `variable`; without a URL, on a server of ours."""
+    if url:
+        yield open_endpoint(url, model, variable)
+    else:
+        with serve(model, logs, min(room, context_length(model)), gpus) as endpoint:
+            yield endpoint
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["vllm"]:

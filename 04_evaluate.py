@@ -669,17 +669,6 @@ def load_benchmark(data: str, category: str, limit: int) -> tuple[dict[str, Row]
     return dict(itertools.islice(questions.items(), limit or None)), answers
 
 
-@contextmanager
-def arena_server(judge: str, url: str, gpus: str, logs: Path) -> Iterator[Any]:
-    """The arena judge: hosted, or served by us if it is a folder or hub id and no URL is given."""
-    if url or "/" not in judge:
-        yield annotate.open_endpoint(url or HOSTED, judge, "ARENA_API_KEY")
-    else:
-        room = min(annotate.context_length(judge), 2 * JUDGMENT + LONGEST)
-        with annotate.serve(judge, logs, room, gpus) as endpoint:
-            yield endpoint
-
-
 def play(endpoint: Any, task: Row) -> Row:
     """The judgment of a question: two games, the baseline's answer in position A, then the candidate's."""
     games = []
@@ -750,7 +739,9 @@ def arena_command(
         read = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
         write = 1600 * len(todo)
         print(f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out")
-        with arena_server(arena_judge, arena_url, gpus, run / "logs") as endpoint:
+        url, room = arena_url or ("" if "/" in arena_judge else HOSTED), 2 * JUDGMENT + LONGEST
+        served = annotate.chat_endpoint(arena_judge, url, "ARENA_API_KEY", room, gpus, run / "logs")
+        with served as endpoint:
             rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), f"games of {judge}", threads)
         if failed := [row["cause"] for row in rows if row["cause"]]:
             print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
