@@ -171,12 +171,10 @@ def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
         ends = list(itertools.accumulate(map(len, shares), initial=0))
         minibatches = [groups[a:b] for a, b in itertools.pairwise(ends)]
         updates = [update(model, optimizer, m, options, n == 0) for n, m in enumerate(minibatches)]
-        trained = time.perf_counter()
 
         # 5. Publish.
         adapter = publish(endpoint, model, folder, step + 1)
-        seconds = {"collect_seconds": collected - began, "train_seconds": trained - collected}
-        seconds |= {"publish_seconds": time.perf_counter() - trained, "seconds": time.perf_counter() - began}
+        seconds = {"collect_seconds": collected - began, "seconds": time.perf_counter() - began}
 
         # Record.
         records = gather_records(groups, step)
