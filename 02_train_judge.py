@@ -558,8 +558,12 @@ def optimizer_step(model: Any, optimizer: Any, lr: float) -> float:
 # --- The model, and training that can stop anywhere -----------------------------------------------
 
 
-def load_model(name: str, adapter: Path | None, rank: int, modules: Sequence[str], seed: int = 0) -> Any:
-    """The model with a trainable LoRA adapter: the one in `adapter`, or a new one of `rank`.
+def trainable(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def load_training(options: Options, state: Path | None, start: Path | None = None) -> tuple[Any, Any]:
+    """(model with a LoRA adapter, AdamW) as `state` left them; without it a new adapter, or that in `start`.
 
     The base stays in bfloat16 on a GPU (float32 on a CPU); peft keeps the adapter in float32.
     """
@@ -567,33 +571,21 @@ def load_model(name: str, adapter: Path | None, rank: int, modules: Sequence[str
     import torch
     from transformers import AutoModelForCausalLM
 
-    gpu = torch.cuda.is_available()
-    torch.manual_seed(seed)
+    name, rank, gpu = options["model"], options["lora_rank"], torch.cuda.is_available()
+    torch.manual_seed(options["seed"])
     how = {"dtype": torch.bfloat16 if gpu else torch.float32, "attn_implementation": "sdpa"}
     base = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
     base = base.cuda() if gpu else base
     if gpu:  # trade a third more compute for not keeping activations
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    if adapter:
+    if adapter := state or start:
         model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules))
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=options["lora_modules"])
         model = peft.get_peft_model(base, config)
     check_forward(model, name)
-    return model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
-
-
-def trainable(model: Any) -> list[Any]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def load_training(options: Options, state: Path | None, start: Path | None = None) -> tuple[Any, Any]:
-    """(model, AdamW) as `state` left them; without it a new adapter, or the one in `start`."""
-    import torch
-
-    shape = options["lora_rank"], options["lora_modules"], options["seed"]
-    model = load_model(options["model"], state or start, *shape)
+    model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
     optimizer = torch.optim.AdamW(trainable(model), lr=options["lr"], weight_decay=0.0)
     if state:
         saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)  # any GPU's

@@ -19,6 +19,7 @@ import typer
 
 HERE = Path(__file__).resolve().parents[1]
 Pair = tuple[list[int], list[int]]
+LORA = {"lora_rank": 16, "seed": 0, "lr": 1e-4}
 
 
 def make_batches(steps: int, seed: int) -> dict[str, tuple[int, list[list[Pair]]]]:
@@ -73,7 +74,7 @@ def main(root: Path = HERE, steps: int = 5, seed: int = 0) -> None:
         del sys.modules[name]
     sys.path.insert(0, str(root))
     sft = import_module("02_train_judge")
-    policy = sft.load_model(model, None, 16, modules)
+    policy, _ = sft.load_training({**LORA, "model": model, "lora_modules": modules}, None)
     for name, (budget, some) in batches.items():
         print(f"{name}: {median_step(sft, policy, some, budget):.1f} s", flush=True)
 

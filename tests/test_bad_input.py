@@ -112,7 +112,7 @@ def invoke(line: str, run: Path, url: str, files: dict[str, Any], patch: pytest.
     """What a command says to `files`, in this process, with servers, models and requests forbidden."""
     write(run, FILES | {name: content for name, content in files.items() if name != "key"})
     patch.setenv("GOLD_API_KEY", files.get("key", "secret"))
-    for module, name in ((annotate, "serve"), (annotate, "map_to_jsonl"), (sft, "load_model")):
+    for module, name in ((annotate, "serve"), (annotate, "map_to_jsonl"), (sft, "load_training")):
         patch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
     stage, *words = line.format(run=run, url=url).split()
     return CliRunner().invoke(STAGES[stage].app, words)

@@ -19,9 +19,14 @@ from test_evaluate import evaluate
 from transformers import AutoModelForCausalLM
 
 
+def lora_model() -> Any:
+    about = {"lora_rank": 16, "lora_modules": sft.modules_of("laptop"), "seed": 0, "lr": 1.0}
+    return sft.load_training({**about, "model": annotate.LAPTOP_MODEL}, None)[0]
+
+
 def test_sampler_and_trainer_agree_after_an_adapter_swap(server: Any, tokenizer: Any, tmp_path: Path) -> None:
     """To 1e-3 a token, both in float32; not at another temperature, and not with the adapter before."""
-    model = sft.load_model(annotate.LAPTOP_MODEL, None, 16, sft.modules_of("laptop")).float()
+    model = lora_model().float()
     prompt, before = annotate.policy_prompt(tokenizer, ASKED), None
 
     def gap(samples: list[Any], temperature: float) -> float:
@@ -51,7 +56,7 @@ def test_requests_without_adapter_get_none_in_a_mixed_batch(
     server: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     """vLLM 0.32 on a CPU gives them the one in its last slot: both slots are taken here."""
-    model = sft.load_model(annotate.LAPTOP_MODEL, None, 16, sft.modules_of("laptop"))
+    model = lora_model()
     for name in ("first", "second"):
         for key, parameter in model.named_parameters():
             if "lora_B" in key:

@@ -302,7 +302,8 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     """Fault R5: --from base has the model of that judge. Fault 9: a judge has no KL term."""
     model, found = write_run(tmp_path)["model"], []
     lora = {"lora_rank": 8, "lora_modules": ["q_proj"]}
-    sft.save_adapter(sft.load_model(model, None, *lora.values()), tmp_path / "judges/mine-sft/epoch-1")
+    trained, _ = sft.load_training({**lora, "model": model, "seed": 0, "lr": 1.0}, None)
+    sft.save_adapter(trained, tmp_path / "judges/mine-sft/epoch-1")
     limits = {"max_thinking": 50, "temperature": 0.5, "max_prompt": 300}
     judge = {**lora, **limits, "model": model, "reasoning": True, "adapter": "epoch-1", "effort": "low"}
     annotate.write_json(tmp_path / "judges/mine-sft/judge.json", judge)
