@@ -119,9 +119,8 @@ PROMPTS: dict[str, dict[str, str]] = {
 @contextmanager
 def opened(name: str, judge: Row, servers: Any) -> Iterator[Any]:
     """What `ask` asks: a function of stage 4's, or (endpoint, tokens, effort) of a chat model."""
-    if "url" in judge:
-        endpoint = annotate.open_endpoint(judge["url"], judge["model"], "JUDGE_API_KEY")
-        yield endpoint, judge["tokens"], judge["effort"]
+    if "endpoint" in judge:
+        yield judge["endpoint"], judge["tokens"], judge["effort"]
     elif judge.get("gold", "oracle") != "oracle":
         servers.close()  # the GPUs are for gold's own server
         with annotate.gold_endpoint(judge, servers.run / "logs") as endpoint:
@@ -223,8 +222,8 @@ def chosen_judges(run: Any, names: Any, urls: Any, models: Any, tokens: int, eff
             full = name if name in known else sft.find_judge(run, name)[0].name
             judges[full] = known[full] | {"max_prompt": 4 * known[full]["max_prompt"]}  # attacks are long
     for url, model in zip(urls, models):
-        annotate.open_endpoint(url, model, "JUDGE_API_KEY")
         about = {"url": url, "model": model, "tokens": tokens, "effort": effort}
+        about["endpoint"] = annotate.open_endpoint(url, model, "JUDGE_API_KEY")
         judges[re.sub(r"[^\w.-]+", "_", model)] = about
     return judges
 
