@@ -229,10 +229,8 @@ def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, thre
             return against_baseline(grade, row, bases[row["base"], row["instruction"]])
         return grade(row["instruction"], row["output"])
 
-    path, tasks = (
-        servers.run / "evaluation/scores" / file_of(name, judges),
-        {row["id"]: row for row in outputs},
-    )
+    path = servers.run / "evaluation" / "scores" / file_of(name, judges)
+    tasks = {row["id"]: row for row in outputs}
     records = kept(path, tasks, open_judge(name, judges, servers), work, f"{name} scores", threads)
     return {record["id"]: record["expected"] for record in records}
 
