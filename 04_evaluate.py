@@ -74,13 +74,15 @@ def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
 
 
 def trained_policies(run: Path) -> dict[str, Row]:
-    """name -> policy.json of every finished policy, with `checkpoints`: step -> adapter folder."""
+    """name -> policy.json of every finished policy, with its `base`, and `checkpoints`: step -> adapter."""
     needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
     found = {}
     for path in sorted((run / "policies").glob("*/policy.json")):
         policy = found[path.parent.name] = annotate.read_json(path, needs)
         check = partial(sft.check_adapter, model=policy["model"], rank=policy["lora_rank"])
         folders = sorted(path.parent.glob("checkpoints/step-*"))
+        # Where it began: its model, sampled as the policy is.
+        policy["base"] = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
         policy["checkpoints"] = {int(folder.name.removeprefix("step-")): check(folder) for folder in folders}
     return found
 
@@ -166,11 +168,6 @@ def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], ro
     return {**row, **text, "fluency": fmean(token_logprobs(endpoint, prompt, sample.tokens_T))}
 
 
-def base_of(policy: Row) -> str:
-    """Where a policy began: its model, sampled as the policy is."""
-    return f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
-
-
 def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
 
@@ -185,8 +182,8 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
         prompt, work = partial(annotate.policy_prompt, tokenizer), partial(write_output, policy, tokenizer)
         fitting = [(key, text) for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]]
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
-            who = f"{name}:{step}:{fingerprint({'adapter': adapter})}" if step else base_of(policy)
-            about = {"policy": name if step else BASE, "step": step, "base": base_of(policy)}
+            who = f"{name}:{step}:{fingerprint({'adapter': adapter})}" if step else policy["base"]
+            about = {"policy": name if step else BASE, "step": step, "base": policy["base"]}
             some = fitting[:: 1 if step in (0, max(policy["checkpoints"])) else 2]
             tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in some}
             served = servers.adapter(policy["model"], adapter)
@@ -374,16 +371,16 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
     for name, judge in own.items():
         if judge not in (*judges, GOLD, TRUTH):
             annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
-        record = judges.get(judge, {})
-        gold = PAIRWISE_GOLD if record.get("pairwise") else GOLD
+        pairwise = judges.get(judge, {}).get("pairwise")
+        gold = PAIRWISE_GOLD if pairwise else GOLD
         readers[name] = {"own": judge, "gold": gold, **truth}  # column -> judge
-        if record and gold == GOLD:
-            kinds[name] = "reasoning" if record["reasoning"] else "direct"
+        if judge in judges and not pairwise:
+            kinds[name] = "reasoning" if judges[judge]["reasoning"] else "direct"
     annotate.record_config(folder, {})
     with ServerCache(run, [*judges.values(), *policies.values()], gpus) as servers:
         rows, outputs, scores = write_outputs(run, policies, servers, threads), {}, {}
         for name, policy in policies.items():
-            own_base = [row for row in rows if row["base"] == base_of(policy)]
+            own_base = [row for row in rows if row["base"] == policy["base"]]
             outputs[name] = [row for row in own_base if row["policy"] in (name, BASE)]
         now = max(policy["model"] for policy in policies.values())  # its judges are first, gold's server last
         models = {GOLD: "", PAIRWISE_GOLD: "", TRUTH: ""} | {n: judge["model"] for n, judge in judges.items()}

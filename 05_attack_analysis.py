@@ -337,7 +337,7 @@ def last_outputs(run: Path) -> list[Row]:
     """The outputs of all last steps, with the policy's `own` judge and the base policy's as `other`."""
     rows, found = annotate.read_jsonl(run / "evaluation" / "outputs.jsonl", ["id", "policy", "step"]), []
     for name, policy in evaluate.trained_policies(run).items():
-        alike = [row for row in rows if row["base"] == evaluate.base_of(policy)]
+        alike = [row for row in rows if row["base"] == policy["base"]]
         base = {row["instruction"]: row["output"] for row in alike if row["policy"] == BASE}
         last = max(policy["checkpoints"])
         about = {"own": policy["judge"], "against": BASE}
@@ -454,7 +454,7 @@ def patterns_command(run: Run) -> None:
         parts.append(rows.assign(policy=file.parent.name, kind="rollouts"))
     outputs = pd.DataFrame(annotate.read_jsonl(path)).assign(kind="outputs", reward=None)
     for name, policy in evaluate.trained_policies(run).items():
-        alike = outputs[outputs.base == evaluate.base_of(policy)]
+        alike = outputs[outputs.base == policy["base"]]
         parts.append(alike[alike.policy.isin([name, BASE])].assign(policy=name))
     frame = pd.concat(parts, ignore_index=True).astype({"reward": float})
     carried = [find_patterns(*text) for text in zip(frame.instruction, frame.output)]

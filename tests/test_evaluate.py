@@ -211,13 +211,14 @@ def test_what_was_trained_again_is_asked_again(folder: Path, again: str, monkeyp
     assert len(annotate.read_jsonl(folder / "evaluation/outputs.jsonl")) == 2 * len(OUTPUTS)
 
 
-def test_a_policy_is_compared_with_its_own_base() -> None:
-    """Another model's base, or the same one sampled otherwise, is another baseline."""
-    policy = {"model": "m", "temperature": 0.7, "max_tokens": 40}
-    others = [
-        {**policy, key: value} for key, value in {"model": "n", "temperature": 1, "max_tokens": 9}.items()
-    ]
-    assert len({evaluate.base_of(other) for other in [policy, *others]}) == 4
+@pytest.mark.parametrize("other", [{"model": "org/small"}, {"temperature": 1.0}, {"max_tokens": 9}])
+def test_a_policy_is_compared_with_its_own_base(folder: Path, other: dict[str, Any]) -> None:
+    """Another model's outputs, or those of the same one sampled otherwise, are another step 0."""
+    about = {"model": MODEL, "judge": "gold", "lora_rank": 16, "lora_modules": [], "max_prompt": 9}
+    about |= {"max_tokens": 32, "temperature": 0.7, **other}
+    annotate.write_json(folder / "policies/other/policy.json", about)
+    bases = {name: policy["base"] for name, policy in evaluate.trained_policies(folder).items()}
+    assert bases.pop("other") not in bases.values() and len(set(bases.values())) == 1
 
 
 def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
