@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -77,3 +78,11 @@ def living(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def ended(pids: list[int], within: float = 20) -> bool:
+    """Whether all these processes end in so many seconds."""
+    end = time.monotonic() + within
+    while time.monotonic() < end and any(map(living, pids)):
+        time.sleep(0.2)
+    return not any(map(living, pids))

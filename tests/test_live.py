@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from conftest import ROOT, annotate, descendants, living, processes_naming, rl, sft
+from conftest import ROOT, annotate, descendants, ended, living, processes_naming, rl, sft
 from test_annotate import ASKED
 from test_evaluate import evaluate
 from transformers import AutoModelForCausalLM
@@ -187,10 +187,7 @@ def test_a_server_that_is_starting_ends_with_its_script(tmp_path: Path, number: 
     process.send_signal(number)
     output, error = process.communicate(timeout=60)
     assert process.returncode != 0 and output == "" and "Traceback" not in error
-    end = time.monotonic() + 20
-    while time.monotonic() < end and any(map(living, servers)):
-        time.sleep(0.2)
-    assert not any(map(living, servers)), "server processes left"
+    assert ended(servers), "server processes left"
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,5 +203,4 @@ def test_a_killed_server_leaves_no_engine(server: Any) -> None:
     engines = descendants(leader)
     assert any(map(living, engines))
     os.kill(leader, signal.SIGKILL)
-    time.sleep(0.5)
-    assert not any(map(living, engines))
+    assert ended(engines)
