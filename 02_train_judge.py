@@ -38,6 +38,8 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import openai
+import torch
+import torch.distributed as dist
 import typer
 from tqdm import tqdm
 from typer import Option
@@ -298,7 +300,6 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0) -> Any:
 
     Only answer positions go through the vocabulary: most tokens of a judge's prompt are not answers.
     """
-    import torch
     from transformers import AttentionInterface
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -316,7 +317,6 @@ def attend_by_branch(
     module: Any, q_1HSK: Any, k_1GSK: Any, v_1GSK: Any, mask: Any, starts: Sequence[int] = (), **how: Any
 ) -> Any:
     """transformers' attention, branch by branch of a `Pack`: none pays for looking at the others."""
-    import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     outputs, edges = [], [0, *starts, q_1HSK.shape[2]]
@@ -331,8 +331,6 @@ def attend_by_branch(
 
 def check_forward(model: Any, name: str) -> None:
     """End the command where `answer_logprobs` is not the class's own forward pass (scale, window, …)."""
-    import torch
-
     base, prompt, answers = model.get_base_model(), list(range(20, 40)), ([41, 42, 43, 44], [51, 52, 53, 54])
     with torch.no_grad():  # its own first, for `answer_logprobs` sets our attention
         ids_BS = torch.tensor([prompt + answer for answer in answers], device=base.device)
@@ -484,8 +482,6 @@ def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
 
     A single rank runs in this process. Several end with it; what `work` and `arguments` are must pickle.
     """
-    import torch
-
     annotate.pick_gpus(gpus)
     if "," in gpus:
         address = f"tcp://127.0.0.1:{annotate.free_port()}"
@@ -499,8 +495,6 @@ def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
 
 
 def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], arguments: Any) -> None:
-    import torch
-
     devices, on_gpu = [int(gpu) for gpu in gpus.split(",")], torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(devices[rank])
@@ -508,7 +502,7 @@ def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], ar
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # which torch sends a rank when its parent is gone
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
         how = {"init_method": address, "rank": rank, "world_size": len(devices)}
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **how)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **how)
     try:
         work(*arguments)
     except openai.APIError as error:
@@ -519,16 +513,11 @@ def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], ar
 
 def rank_and_size() -> tuple[int, int]:
     """(rank, number of ranks) of this process; (0, 1) where there is only one."""
-    import torch.distributed as dist
-
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def over_ranks(values: Sequence[float]) -> list[float]:
     """The sums of `values` over the ranks. All wait for each other here."""
-    import torch
-    import torch.distributed as dist
-
     numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo
     if dist.is_initialized():
         dist.all_reduce(numbers)
@@ -537,12 +526,10 @@ def over_ranks(values: Sequence[float]) -> list[float]:
 
 def optimizer_step(model: Any, optimizer: Any, lr: float) -> float:
     """Sum the gradients over the ranks (a rank without a share brings zeros), clip them, step; their norm."""
-    import torch
-
     parameters = trainable(model)
     if rank_and_size()[1] > 1:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        torch.distributed.all_reduce(flat)
+        dist.all_reduce(flat)
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
             parameter.grad = part.view_as(parameter)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -568,7 +555,6 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     The base stays in bfloat16 on a GPU (float32 on a CPU); peft keeps the adapter in float32.
     """
     import peft
-    import torch
     from transformers import AutoModelForCausalLM
 
     name, rank, gpu = options["model"], options["lora_rank"], torch.cuda.is_available()
@@ -599,8 +585,6 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 def save_state(folder: Path, step: int, model: Any, optimizer: Any) -> None:
     """Write all that `step` finished steps leave behind, in one rename; drop older states."""
-    import torch
-
     scratch, target = folder / "unfinished", folder / f"state-{step:06d}"
     save_adapter(model, scratch)
     torch.save(optimizer.state_dict(), scratch / "optimizer.pt")

@@ -51,6 +51,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Annotated, Any
 
+import torch
+import torch.distributed as dist
 import typer
 from tqdm import tqdm
 from typer import Option
@@ -225,8 +227,6 @@ def update(model: Any, optimizer: Any, groups: Sequence[Any], options: Options, 
     Rollouts without reward do not count. Rollouts with advantage 0 count in the mean, but without a KL term
     they have no gradient and are not run. `fresh`: the model is still what the rollouts were sampled from.
     """
-    import torch
-
     rewarded = [r for group in groups for r in group if r.reward is not None]
     rollouts = [r for r in rewarded if r.advantage or options["beta"]]
     lengths = sum(len(r.sample.tokens_T) for r in rewarded)
@@ -289,8 +289,6 @@ SAVE_ROLLOUTS, SHOW_EVERY = 32, 5
 
 def gather_records(groups: Sequence[Sequence[Rollout]], step: int) -> list[Row]:
     """The rollouts of all ranks, rank by rank and group by group, as records to be kept."""
-    import torch.distributed as dist
-
     rank, ranks = sft.rank_and_size()
     records = []
     for g, group in enumerate(groups):

@@ -236,7 +236,7 @@ TERMINAL = """
 import resource, sys
 from importlib import import_module
 stages = [import_module(name) for name in ("01_annotate", "02_train_judge", "03_rl")]
-slow = [name for name in ("torch", "vllm", "datasets") if name in sys.modules]
+slow = [name for name in ("vllm", "datasets") if name in sys.modules]
 app = stages[0].typer.Typer()
 @app.command()
 def main():
