@@ -550,12 +550,11 @@ def main(
 
     # 2. Gold's label of each, then what else was asked for. NAME.json says that NAME.jsonl is complete.
     wanted = ["labels", *(f"labels-{effort}" for effort in also), *["rubrics"] * rubrics, *["pairs"] * pairs]
-    files = {name: folder / f"{name}.jsonl" for name in wanted}
-    missing = [name for name, path in files.items() if not path.with_suffix(".json").exists()]
-    missing += [name for name, path in files.items() if read_done(path) != read_jsonl(path)]
+    files = [folder / f"{name}.jsonl" for name in wanted]
+    missing = [p for p in files if not p.with_suffix(".json").exists() or read_done(p) != read_jsonl(p)]
     with gold_endpoint(options, run / "logs") if missing else contextlib.nullcontext() as endpoint:
-        for name in missing:
-            tasks, ask = candidates, partial(label_row, options, endpoint, "")
+        for path in missing:
+            tasks, ask, name = candidates, partial(label_row, options, endpoint, ""), path.stem
             if name == "pairs":
                 tasks = make_pairs(candidates.values(), seed)
             elif name == "rubrics":
@@ -565,7 +564,7 @@ def main(
                 rows = [row for row in read_jsonl(folder / "labels.jsonl") if row["label"] is not None]
                 tasks = {row["id"]: row for row in rows if row["split"] == "judge_train"}
                 ask = partial(label_row, options, endpoint, name.removeprefix("labels-"))
-            annotate(folder / f"{name}.jsonl", tasks, ask, threads)
+            annotate(path, tasks, ask, threads)
 
     # 3. Does every score occur?
     for name in wanted:

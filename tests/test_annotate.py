@@ -319,6 +319,16 @@ def test_one_bad_record_is_not_a_bad_server(tmp_path: Path, mode: str) -> None:
     assert counts["label"]["None"] == 2 == sum(n for key, n in counts["cause"].items() if "refused" in key)
 
 
+def test_labels_that_failed_are_asked_for_before_what_is_made_of_them(tmp_path: Path) -> None:
+    """Else the labels at another effort would lack them for good."""
+    with stub() as url:
+        assert chat_gold(tmp_path, f"{url}/0/crash").exit_code == 0
+        assert any(r["label"] is None and r["split"] == "judge_train" for r in labels(tmp_path))
+        assert chat_gold(tmp_path, f"{url}/0/ok", "--efforts low").exit_code == 0
+    train = {r["id"] for r in labels(tmp_path) if r["split"] == "judge_train"}
+    assert {r["id"] for r in labels(tmp_path, "labels-low")} == train
+
+
 @pytest.mark.parametrize(("mode", "calls"), [("refuse", 1), ("words", 1), ("cut", 2)])
 def test_a_gold_judge_of_no_use_ends_the_command(tmp_path: Path, mode: str, calls: int) -> None:
     """Faults 3 and R6: nothing is kept, the cause is named; only what was cut off is asked for again."""
