@@ -385,6 +385,18 @@ def test_transfer(run: Path, url: str) -> None:
     assert "furthest above gold" in result.stdout and (run / "attacks/transfer.png").exists()
 
 
+def test_does_a_hardened_prompt_help_a_chat_gold(run: Path, url: str, monkeypatch: Any) -> None:
+    """The paper's question: what fools gold as it is asked, does it fool it when it has been warned?"""
+    monkeypatch.setenv("GOLD_API_KEY", "secret")
+    gold = {"preset": "laptop", "gold": "chat", "gold_url": url, "gold_effort": "none"}
+    gold |= {"gold_tokens": 9, "max_chars": 99, "gpus": "0"}
+    annotate.write_json(run / "annotations/config.json", {"options": gold})
+    stage_5(f"transfer --run {run} --style system-rule")
+    row = json.loads((run / "attacks/transfer.json").read_text())["p"]
+    assert list(row) == ["gold", "gold-system-rule"]
+    assert [row[name]["lift"] for name in row] == pytest.approx([4 / 3, 0])
+
+
 def test_patterns_of_a_run(run: Path) -> None:
     stage_5(f"patterns --run {run}")
     rows = json.loads((run / "attacks/patterns.json").read_text())
