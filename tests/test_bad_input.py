@@ -78,6 +78,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (PLEASE, {"annotations/instructions.jsonl": [{"id": 1}]}, "instructions.jsonl, line 1"),
     # an adapter of another base or rank, or none
     (JUDGED, OTHER_BASE, f"adapter_config.json|{MODEL}"),
+    (JUDGED, {f"{EPOCH}/adapter_model.safetensors": None}, "no adapter_model.safetensors"),
     (PLEASE, {f"{EPOCH}/adapter_config.json": {"base_model_name_or_path": MODEL, "r": 8}}, "rank 16"),
     # options out of range, or against each other
     (NEW + " --judge-train 100000", {}, "distinct instructions"),

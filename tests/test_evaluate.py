@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import statistics
+import types
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +220,22 @@ def test_a_policy_is_compared_with_its_own_base(folder: Path, other: dict[str, A
     annotate.write_json(folder / "policies/other/policy.json", about)
     bases = {name: policy["base"] for name, policy in evaluate.trained_policies(folder).items()}
     assert bases.pop("other") not in bases.values() and len(set(bases.values())) == 1
+
+
+def test_a_pairwise_judge_is_shown_the_policys_own_base(tmp_path: Path, monkeypatch: Any) -> None:
+    asked = []
+
+    @contextlib.contextmanager
+    def open_judge(*_: Any) -> Any:
+        yield lambda _, *pair: asked.append({*pair}) or {"expected": 1.5, "cause": None}
+
+    monkeypatch.setattr(evaluate, "open_judge", open_judge)
+    rows = [(who, base, f"{who} {base}") for who in ("base", "policy") for base in "AB"]
+    outputs = [dict(zip(("policy", "base", "output", "id", "instruction"), (*r, r[2], ONE))) for r in rows]
+    servers = types.SimpleNamespace(run=tmp_path)
+    judges = {"judge": {"pairwise": True, "model": MODEL}}
+    assert set(evaluate.score_outputs(outputs, "judge", judges, servers, 2).values()) == {4.5}
+    assert sorted(map(sorted, asked)) == [["base A", "policy A"], ["base B", "policy B"]]
 
 
 def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
