@@ -704,8 +704,7 @@ def require(path: Path, command: str) -> Path:
 
 LOGS: dict[int | None, Path] = {}  # port -> the log of our server there
 LOCKS: list[FileLock] = []  # held until the process ends, even by kill -9
-MAY_CHANGE_ON_RESUME = {"threads", "gpus", "policy_gpus", "judge_gpus", "train_gpus", "tokens_per_pass"}
-MAY_CHANGE_ON_RESUME |= {"gold_url"}
+MAY_CHANGE_ON_RESUME = set("threads gpus policy_gpus judge_gpus train_gpus tokens_per_pass gold_url".split())
 
 
 def record_config(folder: Path, options: Options) -> None:
