@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -41,7 +42,11 @@ import openai
 import torch
 import torch.distributed as dist
 import typer
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import AttentionInterface
 from typer import Option
 
 annotate = import_module("01_annotate")
@@ -247,95 +252,134 @@ class Pack:
     """One forward pass over a shared prefix and the branches behind it; S tokens, A answer tokens.
 
     A token sees the prefix and its own branch up to itself; its position counts as if the branch stood alone
-    behind the prefix. The hidden state at `sources_A[i]` predicts the answer token `targets_A[i]`, which
-    belongs to the pair number `owners_A[i]` of the packed list.
+    behind the prefix. The hidden state at `sources_A[i]` predicts the answer token `targets_A[i]`; answers
+    stand one after the other, those of the pairs number `members` of the packed list.
     """
 
+    members: Sequence[int]
     ids_S: list[int]
     positions_S: list[int]
     starts: list[int]  # where each branch begins
     sources_A: list[int]
     targets_A: list[int]
-    owners_A: list[int]
 
 
 def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
     """Pack `pairs`, in order, into forward passes of at most `budget` tokens (one pair may exceed it).
 
-    A pair joins those before it where that costs no more tokens than a new pass.
+    A pair joins the pack before it if tokens(pack with it) <= tokens(pack) + tokens(pair alone), that is, if
+    the prefix that it shares is worth more than what the pack's prefix loses by its joining.
     """
-    members: list[int] = []
+    current: Pack | None = None
     for index in range(len(pairs)):
-        parts = members, [index], [*members, index]
-        before, alone, both = (len(build_pack(pairs, part).ids_S) if part else 0 for part in parts)
-        if members and both > min(budget, before + alone):
-            yield build_pack(pairs, members)
-            members = []
-        members.append(index)
-    if members:
-        yield build_pack(pairs, members)
+        alone = build_pack(pairs, [index])
+        if current is None:
+            current = alone
+            continue
+        joined = build_pack(pairs, [*current.members, index])
+        if len(joined.ids_S) <= min(budget, len(current.ids_S) + len(alone.ids_S)):
+            current = joined
+        else:
+            yield current
+            current = alone
+    if current:
+        yield current
 
 
 def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
-    prompts = [pairs[i][0] for i in members]
-    first, last = min(prompts), max(prompts)  # in dictionary order: what these share, all share
-    prefix = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    result = Pack(first[:prefix], list(range(prefix)), [], [], [], [])
+    """The pack of the pairs number `members`:
+
+    ids_S        prefix | rest of prompt, answer | rest of prompt, answer | …
+    positions_S  0 … p-1 | p, p+1 …              | p, p+1 …               | …
+    starts               ^                       ^                        ^
+    """
+    prefix = len(commonprefix([pairs[index][0] for index in members]))  # noqa: RUF071 (token ids, not paths)
+    result = Pack(members, pairs[members[0]][0][:prefix], list(range(prefix)), [], [], [])
     for index in members:
         prompt, answer = pairs[index]
-        result.starts.append(len(result.ids_S))
-        first = len(result.ids_S) + len(prompt) - prefix  # of the answer; its predictor is one before
-        tokens = [*prompt[prefix:], *answer[:-1]]  # nothing follows the last token, so it is not fed
-        result.ids_S += tokens
-        result.positions_S += range(prefix, prefix + len(tokens))
-        result.sources_A.append(first - 1 if len(prompt) > prefix else prefix - 1)
-        result.sources_A += range(first, first + len(answer) - 1)
+        start = len(result.ids_S)
+        result.starts.append(start)
+        branch = [*prompt[prefix:], *answer[:-1]]  # nothing follows the last token, so it is not fed
+        result.ids_S += branch
+        result.positions_S += range(prefix, prefix + len(branch))
+        answer_at = start + len(prompt) - prefix
+        before_answer = answer_at - 1 if len(prompt) > prefix else prefix - 1
+        result.sources_A += [before_answer, *range(answer_at, answer_at + len(answer) - 1)]
         result.targets_A += answer
-        result.owners_A += [index] * len(answer)
     return result
 
 
+def autocast(base: Any) -> Any:
+    """Products of a bfloat16 model in bfloat16, those with its float32 adapter too."""
+    return torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16)
+
+
+VOCABULARY_CHUNK = 2048  # answer tokens whose logits are in memory at a time
+
+
 def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0) -> Any:
-    """log p(target) of every answer token, shape [A], float32, with gradient.
+    """log p of every answer token of `packed` at `temperature`: shape [A], float32, with gradient.
 
-    Only answer positions go through the vocabulary: most tokens of a judge's prompt are not answers.
+    Only answer positions go through the vocabulary, since most tokens of a judge's prompt are not
+    answers; where there are several chunks, each one's logits are computed again in the backward pass.
     """
-    from transformers import AttentionInterface
-
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    AttentionInterface.register("by_branch", attend_by_branch)
     base.set_attn_implementation("by_branch")
     lists = packed.ids_S, packed.positions_S, packed.sources_A, packed.targets_A
     ids_S, positions_S, sources_A, targets_A = (torch.tensor(x, device=base.device) for x in lists)
-    how = {"position_ids": positions_S[None], "use_cache": False, "starts": packed.starts}
-    hidden_SD = base.model(input_ids=ids_S[None], **how).last_hidden_state[0]
-    logits_AV = base.lm_head(hidden_SD[sources_A] / temperature).float()
-    return -torch.nn.functional.cross_entropy(logits_AV, targets_A, reduction="none")
+
+    def logprobs_of_chunk(hidden_CD: Any, targets_C: Any) -> Any:
+        logits_CV = base.lm_head(hidden_CD).float() / temperature
+        return -torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+
+    with autocast(base):
+        output = base.model(
+            input_ids=ids_S[None], position_ids=positions_S[None], use_cache=False, starts=packed.starts
+        )
+        hidden_AD = output.last_hidden_state[0, sources_A]
+        chunks = list(zip(hidden_AD.split(VOCABULARY_CHUNK), targets_A.split(VOCABULARY_CHUNK)))
+        if len(chunks) == 1:
+            return logprobs_of_chunk(*chunks[0])
+        return torch.cat([checkpoint(logprobs_of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def attend_by_branch(
-    module: Any, q_1HSK: Any, k_1GSK: Any, v_1GSK: Any, mask: Any, starts: Sequence[int] = (), **how: Any
-) -> Any:
-    """transformers' attention, branch by branch of a `Pack`: none pays for looking at the others."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    module: Any, q_1HSK: Any, k_1CSK: Any, v_1CSK: Any, mask: Any, starts: Sequence[int] = (), **options: Any
+) -> tuple[Any, None]:
+    """transformers' attention for a `Pack` (H query heads, C key-value heads): the prefix, then each branch.
 
-    outputs, edges = [], [0, *starts, q_1HSK.shape[2]]
-    for start, end in ((start, end) for start, end in pairwise(edges) if start < end):
+    A branch of S tokens sees the prefix and itself, T keys: the last token of the one is the last of the
+    other, so its causal mask is aligned at the lower right. No mask tensor is made, and none pays for the
+    other branches.
+    """
+    outputs_1SHK, edges = [], [0, *starts, q_1HSK.shape[2]]
+    for start, end in pairwise(edges):
+        if start == end:  # no common prefix
+            continue
         prefix = starts[0] if start else 0
-        k_1GTK, v_1GTK = (torch.cat([x[:, :, :prefix], x[:, :, start:end]], 2) for x in (k_1GSK, v_1GSK))
-        sees_ST = torch.ones(end - start, prefix + end - start, dtype=torch.bool, device=q_1HSK.device)
-        more = {**how, "attention_mask": sees_ST.tril(prefix)[None, None]}
-        outputs.append(sdpa_attention_forward(module, q_1HSK[:, :, start:end], k_1GTK, v_1GTK, **more)[0])
-    return torch.cat(outputs, 1), None
+        k_1CTK = torch.cat([k_1CSK[:, :, :prefix], k_1CSK[:, :, start:end]], 2)
+        v_1CTK = torch.cat([v_1CSK[:, :, :prefix], v_1CSK[:, :, start:end]], 2)
+        causal = causal_lower_right(end - start, k_1CTK.shape[2])
+        settings = {"attn_mask": causal, "scale": options.get("scaling"), "enable_gqa": True}
+        branch_1HSK = scaled_dot_product_attention(q_1HSK[:, :, start:end], k_1CTK, v_1CTK, **settings)
+        outputs_1SHK.append(branch_1HSK.transpose(1, 2))
+    return torch.cat(outputs_1SHK, 1), None
 
 
-def check_forward(model: Any, name: str) -> None:
-    """End the command where `answer_logprobs` is not the class's own forward pass (scale, window, …)."""
+AttentionInterface.register("by_branch", attend_by_branch)
+
+
+def check_forward(model: Any, name: str, temperature: float = 0.7) -> None:
+    """End the command where `answer_logprobs` is not the class's own forward pass: a window, a cap, a scale …
+
+    Compared as it is trained, in training mode and at a temperature, on two answers to one prompt.
+    """
     base, prompt, answers = model.get_base_model(), list(range(20, 40)), ([41, 42, 43, 44], [51, 52, 53, 54])
-    with torch.no_grad():  # its own first, for `answer_logprobs` sets our attention
+    with torch.no_grad(), autocast(base):  # its own first, for `answer_logprobs` sets our attention
         ids_BS = torch.tensor([prompt + answer for answer in answers], device=base.device)
-        logits_BAV = base(ids_BS).logits[:, len(prompt) - 1 : -1].float()
-        (ours_A,) = (answer_logprobs(model, packed) for packed in pack([(prompt, a) for a in answers], 512))
+        logits_BAV = base(ids_BS).logits[:, len(prompt) - 1 : -1].float() / temperature
+        (packed,) = pack([(prompt, answer) for answer in answers], 512)
+        ours_A = answer_logprobs(model, packed, temperature)
     own_A = logits_BAV.log_softmax(-1).gather(2, ids_BS[:, len(prompt) :, None]).flatten()
     exact = torch.allclose(ours_A, own_A, atol=1e-3 if base.dtype == torch.float32 else 0.3)
     if not exact or getattr(base.config, "sliding_window", None):
@@ -552,17 +596,22 @@ def trainable(model: Any) -> list[Any]:
 def load_training(options: Options, state: Path | None, start: Path | None = None) -> tuple[Any, Any]:
     """(model with a LoRA adapter, AdamW) as `state` left them; without it a new adapter, or that in `start`.
 
-    The base stays in bfloat16 on a GPU (float32 on a CPU); peft keeps the adapter in float32.
+    The frozen base is held in `annotate.precision()`; the adapter, its gradients and Adam's moments in
+    float32, for a step of 2e-5 on a weight of 0.02 would round away in bfloat16.
     """
     import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
     name, rank, gpu = options["model"], options["lora_rank"], torch.cuda.is_available()
     torch.manual_seed(options["seed"])
-    how = {"dtype": torch.bfloat16 if gpu else torch.float32, "attn_implementation": "sdpa"}
-    base = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the products that stay in float32
+    dtype = getattr(torch, annotate.precision())
+    base = AutoModelForCausalLM.from_pretrained(
+        name, use_safetensors=True, dtype=dtype, attn_implementation="sdpa"
+    )
     base = base.cuda() if gpu else base
-    if gpu:  # trade a third more compute for not keeping activations
+    if options["checkpointing"]:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     if adapter := state or start:
@@ -570,13 +619,29 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     else:
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=options["lora_modules"])
         model = peft.get_peft_model(base, config)
-    check_forward(model, name)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # else peft copies its input to float32
+    check_adapted(model, name, options["lora_modules"])
     model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
-    optimizer = torch.optim.AdamW(trainable(model), lr=options["lr"], weight_decay=0.0)
+    check_forward(model, name)
+    optimizer = torch.optim.AdamW(trainable(model), lr=options["lr"], weight_decay=0.0, fused=gpu)
     if state:
         saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)  # any GPU's
         optimizer.load_state_dict(saved)
     return model, optimizer
+
+
+def check_adapted(model: Any, name: str, wanted: Sequence[str]) -> None:
+    """End the command where a kind of layer in `wanted` has no adapter: the class calls it something else."""
+    adapted = {key.rsplit(".", 1)[-1] for key in model.targeted_module_names}
+    if missing := sorted(set(wanted) - adapted):
+        kinds = {
+            key.rsplit(".", 1)[-1] for key, module in model.named_modules() if hasattr(module, "in_features")
+        }
+        fail(
+            f"{name} has no layers named {', '.join(missing)}; its linear layers: {', '.join(sorted(kinds))}."
+        )
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -608,6 +673,7 @@ def rewind(path: Path, steps: int) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 LARGE = {"lr": 1e-4, "batch": 128, "max_thinking": 4096, "max_prompt": 4096, "temperature": 0.7}
+LARGE |= {"checkpointing": True}
 PRESETS = {
     "gpu": {**LARGE, "model": "Qwen/Qwen3-1.7B", "lora_rank": 32, "tokens_per_pass": 8192, "threads": 256},
     "node": {**LARGE, "model": "Qwen/Qwen3-4B", "lora_rank": 64, "tokens_per_pass": 8192, "threads": 1024}
@@ -630,6 +696,7 @@ def check_rank(value: int) -> int:
 Run, Preset, _ = annotate.run_and_preset(PRESETS)
 LoraRank = Annotated[int, Option(callback=check_rank, help="Rank of the adapter. Paper: full fine-tuning.")]
 TokensPerPass = Annotated[int, Option(min=1, help="Tokens of one forward pass: a matter of memory only.")]
+Checkpointing = Annotated[bool, Option(help="Keep no activations, for a third more compute.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -652,6 +719,7 @@ def main(
     max_prompt: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 512,
     temperature: Annotated[float, Option(min=0, max=2, help="Of the thinking. Paper: 0.7 in RL.")] = 0.0,
     tokens_per_pass: TokensPerPass = 1024,
+    checkpointing: Checkpointing = False,
     threads: annotate.Threads = 64,
     gpus: annotate.Gpus = "0",
     seed: annotate.Seed = 0,

@@ -124,16 +124,18 @@ def grpo_loss(
 
 @dataclass
 class Rollout:
-    """One completion of one prompt. `reward` is None where the judgement was invalid."""
+    """One completion of one prompt: what eq. 2 needs, and what is kept of it."""
 
     row: Row
     prompt: list[int]
     sample: Any  # tokens_T, logprobs_T, text, finished: annotate.Sample
-    reward: float | None
+    reward: float | None  # None: the judgement was invalid
     advantage: float
     notes: Row
+    old_T: list[float]  # log pi_old of each token in eq. 2
 
 
+Group = list[Rollout]  # the G rollouts of one prompt
 Rewards = tuple[list[float | None], list[Row]]  # of a group's rollouts, and what to note of each
 
 
@@ -155,41 +157,27 @@ def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
     rank, ranks = sft.rank_and_size()
     first, state = sft.latest_state(folder)
     model, optimizer = sft.load_training(options, state, task.start)
-    size = math.ceil(options["prompts"] / options["minibatches"])
     if rank == 0:
         print(f"{options['steps']} steps, {first} of them done", flush=True)
         sft.rewind(folder / "metrics.jsonl", first)
         sft.rewind(folder / "rollouts.jsonl", first)
+    size = math.ceil(options["prompts"] / options["minibatches"])
     adapter = publish(endpoint, model, folder, first)
     for step in tqdm(range(first, options["steps"]), initial=first, total=options["steps"], disable=rank > 0):
-        # 1-3. Sample, reward, advantage: this rank's groups, minibatch by minibatch.
         began = time.perf_counter()
         rows_P = prompts_of_step(task.rows, step, options["prompts"], options["seed"])
-        shares = [rows_P[i : i + size][rank::ranks] for i in range(0, len(rows_P), size)]
-        groups = collect(endpoint, adapter, task, [row for share in shares for row in share], options)
+        minibatches = [rows_P[i : i + size][rank::ranks] for i in range(0, len(rows_P), size)]
+        batch = collect(endpoint, adapter, task, minibatches, options)  # sample, reward, advantage
         collected = time.perf_counter()
-
-        # 4. Update.
-        ends = list(itertools.accumulate(map(len, shares), initial=0))
-        minibatches = [groups[a:b] for a, b in itertools.pairwise(ends)]
-        updates = [update(model, optimizer, m, options, n == 0) for n, m in enumerate(minibatches)]
-
-        # 5. Publish.
+        if options["old_logprobs"] == "trainer":
+            recompute_old_logprobs(model, batch, options)
+        updates = [update(model, optimizer, groups, options) for groups in batch]  # eq. 2
         adapter = publish(endpoint, model, folder, step + 1)
         seconds = {"collect_seconds": collected - began, "seconds": time.perf_counter() - began}
-
-        # Record.
-        records = gather_records(groups, step)
+        records = gather_records(batch, step)
         if rank == 0:
-            metrics = {"step": step, **measure(records, updates, options), **seconds}
-            annotate.append_jsonl(folder / "metrics.jsonl", metrics)
-            for record in records[:SAVE_ROLLOUTS]:
-                annotate.append_jsonl(folder / "rollouts.jsonl", record)
-            if step % SHOW_EVERY == 0:
-                show(records, step)
-            if (step + 1) % options["checkpoint_every"] == 0 or step + 1 == options["steps"]:
-                sft.save_adapter(model, folder / "checkpoints" / f"step-{step + 1:06d}")
-            sft.save_state(folder, step + 1, model, optimizer)
+            keep_step(options, folder, step, records, {**measure(records, updates, options), **seconds})
+            keep_weights(options, folder, step + 1, model, optimizer)
 
 
 def prompts_of_step(rows: Sequence[Row], step: int, prompts: int, seed: int) -> list[Row]:
@@ -199,69 +187,102 @@ def prompts_of_step(rows: Sequence[Row], step: int, prompts: int, seed: int) -> 
     return [orders[epoch][place] for epoch, place in places]
 
 
-def collect(endpoint: Any, adapter: str, task: Task, rows: Sequence[Row], options: Options) -> list[Any]:
-    """A group of G rewarded rollouts for each of `rows`; a group is judged while others are still sampled."""
+def collect(
+    endpoint: Any, adapter: str, task: Task, minibatches: Sequence[Sequence[Row]], options: Options
+) -> list[list[Group]]:
+    """A group of G rollouts with rewards and advantages for each row of each minibatch.
 
-    def one_group(row: Row) -> list[Rollout]:
+    All prompts are sampled at once; a group is judged while others are still sampled.
+    """
+
+    def one_group(row: Row) -> Group:
         prompt = task.prompt(row)
-        how = {"temperature": options["temperature"], "max_tokens": options["max_tokens"]}
-        samples_G = endpoint.sample(prompt, options["group"], adapter, **how)
-        rewards_G, notes_G = task.rewards(row, samples_G, pool)
+        limits = {"temperature": options["temperature"], "max_tokens": options["max_tokens"]}
+        samples_G = endpoint.sample(prompt, options["group"], adapter, **limits)
+        rewards_G, notes_G = task.rewards(row, samples_G, judging)
         advantages_G = group_advantages(rewards_G, options["std_floor"], options["scale_std"])
-        return [Rollout(row, prompt, *rest) for rest in zip(samples_G, rewards_G, advantages_G, notes_G)]
+        return [
+            Rollout(row, prompt, sample, reward, advantage, notes, old_T=sample.logprobs_T)
+            for sample, reward, advantage, notes in zip(samples_G, rewards_G, advantages_G, notes_G)
+        ]
 
-    pool, groups = ThreadPoolExecutor(options["threads"]), ThreadPoolExecutor(max(1, len(rows)))
+    judging = ThreadPoolExecutor(options["threads"])
+    sampling = ThreadPoolExecutor(max(1, sum(map(len, minibatches))))
     try:
-        return list(groups.map(one_group, rows))
+        batch = [[sampling.submit(one_group, row) for row in rows] for rows in minibatches]
+        return [[group.result() for group in groups] for groups in batch]
     finally:  # after an error nobody waits for requests in flight
-        groups.shutdown(wait=False, cancel_futures=True)
-        pool.shutdown(wait=False, cancel_futures=True)
+        sampling.shutdown(wait=False, cancel_futures=True)
+        judging.shutdown(wait=False, cancel_futures=True)
 
 
-MEANS = ("clipped_low", "clipped_high", "kl")  # what an update measures as a mean over its tokens
+def packs_of(rollouts: Sequence[Rollout], options: Options) -> Iterator[tuple[Any, list[Rollout]]]:
+    """The forward passes over `rollouts`, each with those that are in it, in the order of its tokens."""
+    pairs = [(rollout.prompt, rollout.sample.tokens_T) for rollout in rollouts]
+    for packed in sft.pack(pairs, options["tokens_per_pass"]):
+        yield packed, [rollouts[index] for index in packed.members]
 
 
-def update(model: Any, optimizer: Any, groups: Sequence[Any], options: Options, fresh: bool = False) -> Row:
+def recompute_old_logprobs(model: Any, batch: Sequence[Sequence[Group]], options: Options) -> None:
+    """Let old_T be the trainer's own log-probabilities before the step's first update, not the sampler's."""
+    rollouts = [rollout for groups in batch for group in groups for rollout in group]
+    for packed, members in packs_of(rollouts, options):
+        with torch.no_grad():
+            old_A = sft.answer_logprobs(model, packed, options["temperature"])
+        parts = old_A.split([len(rollout.sample.tokens_T) for rollout in members])
+        for rollout, old_T in zip(members, parts):
+            rollout.old_T = old_T.tolist()
+
+
+MEANS = ("logprob_gap", "ratio", "clipped_low", "clipped_high", "kl")  # over the tokens of an update
+
+
+def update(model: Any, optimizer: Any, groups: Sequence[Group], options: Options) -> Row:
     """One optimiser step of eq. 2 on `groups`, this rank's share of a minibatch; statistics over all ranks.
 
     Rollouts without reward do not count. Rollouts with advantage 0 count in the mean, but without a KL term
-    they have no gradient and are not run. `fresh`: the model is still what the rollouts were sampled from.
+    they have no gradient and are not run.
     """
     rewarded = [r for group in groups for r in group if r.reward is not None]
-    rollouts = [r for r in rewarded if r.advantage or options["beta"]]
+    active = [r for r in rewarded if r.advantage or options["beta"]]
     lengths = sum(len(r.sample.tokens_T) for r in rewarded)
-    count, all_tokens, active = sft.over_ranks([len(rewarded), lengths, len(rollouts)])
-    if not active:
+    count, all_tokens, running = sft.over_ranks([len(rewarded), lengths, len(active)])
+    if not running:
         return {"tokens": 0}
     clip, beta = (options["clip_low"], options["clip_high"]), options["beta"]
     sums: Counter[str] = Counter()
-    for packed in sft.pack([(r.prompt, r.sample.tokens_T) for r in rollouts], options["tokens_per_pass"]):
-        members = [rollouts[i] for i in dict.fromkeys(packed.owners_A)]
-        sizes = [len(r.sample.tokens_T) for r in members]
-        norms = [1 / all_tokens if options["token_mean"] else 1 / (size * count) for size in sizes]
+    for packed, members in packs_of(active, options):
+        sizes = torch.tensor([len(r.sample.tokens_T) for r in members])
+
+        def of_tokens(values: Sequence[float], sizes: Any = sizes) -> Any:
+            """A value of each rollout, repeated for each of its tokens."""
+            return torch.tensor(values).repeat_interleave(sizes)
+
         new_A = sft.answer_logprobs(model, packed, options["temperature"])
-        old_A = new_A.new_tensor([x for r in members for x in r.sample.logprobs_T])
-        advantages_A = new_A.new_tensor([r.advantage for r, size in zip(members, sizes) for _ in range(size)])
-        weights_A = new_A.new_tensor([norm for norm, size in zip(norms, sizes) for _ in range(size)])
+        sampled_A = new_A.new_tensor([x for r in members for x in r.sample.logprobs_T])
+        old_A = new_A.new_tensor([x for r in members for x in r.old_T])
+        advantages_A = of_tokens([r.advantage for r in members]).to(new_A)
+        weights_A = of_tokens([1 / (size * count) for size in sizes.tolist()]).to(new_A)
+        if options["token_mean"]:
+            weights_A = torch.full_like(new_A, 1 / all_tokens)
         reference_A = None
         if beta:  # the base model, where every policy starts
             with torch.no_grad(), model.disable_adapter():
                 reference_A = sft.answer_logprobs(model, packed, options["temperature"])
         grpo_loss(new_A, old_A, advantages_A, weights_A, clip, beta, reference_A).backward()
 
-        gap_A = new_A.detach() - old_A
-        sums["tokens"] += len(old_A)
-        sums["logprob_gap"] += gap_A.abs().sum().item()
-        sums["clipped_low"] += ((gap_A.exp() < 1 - clip[0]) & (advantages_A < 0)).sum().item()
-        sums["clipped_high"] += ((gap_A.exp() > 1 + clip[1]) & (advantages_A > 0)).sum().item()
-        if beta:
-            difference = reference_A - new_A.detach()
-            sums["kl"] += (difference.exp() - difference - 1).sum().item()
-    names = ("tokens", "logprob_gap", *MEANS)
-    tokens, *totals = sft.over_ranks([sums[name] for name in names])
-    means = dict(zip(names[1:], (total / tokens for total in totals)))
-    if fresh and (gap := means["logprob_gap"]) > 0.5:
-        fail(f"sampler and trainer differ by {gap:.1f} a token: the server has other weights.")
+        with torch.no_grad():
+            ratio_A = (new_A - old_A).exp()
+            sums["tokens"] += len(old_A)
+            sums["logprob_gap"] += (new_A - sampled_A).abs().sum().item()
+            sums["ratio"] += ratio_A.sum().item()
+            sums["clipped_low"] += ((ratio_A < 1 - clip[0]) & (advantages_A < 0)).sum().item()
+            sums["clipped_high"] += ((ratio_A > 1 + clip[1]) & (advantages_A > 0)).sum().item()
+            if beta:
+                difference_A = reference_A - new_A
+                sums["kl"] += (difference_A.exp() - difference_A - 1).sum().item()
+    tokens, *totals = sft.over_ranks([sums[name] for name in ("tokens", *MEANS)])
+    means = {name: total / tokens for name, total in zip(MEANS, totals)}
     return {"tokens": tokens, **means, "grad_norm": sft.optimizer_step(model, optimizer, options["lr"])}
 
 
@@ -284,14 +305,36 @@ def publish(endpoint: Any, model: Any, folder: Path, step: int) -> str:
 
 # --- What is kept of a step -----------------------------------------------------------------------
 
-SAVE_ROLLOUTS, SHOW_EVERY = 32, 5
+SAVE_ROLLOUTS, SHOW_EVERY, STATE_EVERY = 32, 5, 4
+LARGEST_GAP = 0.5  # nats a token between sampler and trainer, which have the same weights
 
 
-def gather_records(groups: Sequence[Sequence[Rollout]], step: int) -> list[Row]:
+def keep_step(options: Options, folder: Path, step: int, records: Sequence[Row], metrics: Row) -> None:
+    """Write the step's metrics and some rollouts; a sampler that has other weights ends the command."""
+    if metrics["logprob_gap"] is not None and metrics["logprob_gap"] > LARGEST_GAP:
+        gap = metrics["logprob_gap"]
+        fail(f"sampler and trainer differ by {gap:.1f} a token: the server has other weights.")
+    annotate.append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
+    for record in records[:SAVE_ROLLOUTS]:
+        annotate.append_jsonl(folder / "rollouts.jsonl", record)
+    if step % SHOW_EVERY == 0:
+        show(records, step)
+
+
+def keep_weights(options: Options, folder: Path, done: int, model: Any, optimizer: Any) -> None:
+    """After `done` steps: an adapter for the evaluation every `checkpoint_every`, a state to resume from."""
+    last = done == options["steps"]
+    if last or done % options["checkpoint_every"] == 0:
+        sft.save_adapter(model, folder / "checkpoints" / f"step-{done:06d}")
+    if last or done % STATE_EVERY == 0:
+        sft.save_state(folder, done, model, optimizer)
+
+
+def gather_records(batch: Sequence[Sequence[Group]], step: int) -> list[Row]:
     """The rollouts of all ranks, rank by rank and group by group, as records to be kept."""
     rank, ranks = sft.rank_and_size()
     records = []
-    for g, group in enumerate(groups):
+    for g, group in enumerate(group for groups in batch for group in groups):
         for n, r in enumerate(group):
             about = {"id": f"{step}-{rank}.{g}-{n}", "step": step, "prompt_id": r.row["id"]}
             about |= {"instruction": r.row["instruction"], "completion": r.sample.text}
@@ -307,7 +350,8 @@ def gather_records(groups: Sequence[Sequence[Rollout]], step: int) -> list[Row]:
 def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) -> Row:
     """What the batch says of the policy that sampled it, and the means over the step's updates.
 
-    `logprob_gap` is of the first minibatch that ran, when trainer and sampler still have the same weights.
+    `logprob_gap` (mean |new - sampler's|, a token) and `ratio` (mean new/old) are of the first minibatch that
+    ran, when trainer and sampler still have the same weights: 0 and 1, but for the two programs' rounding.
     """
     groups = [list(g) for _, g in itertools.groupby(records, key=lambda r: r["id"].rpartition("-")[0])]
     rewards = [[r["reward"] for r in group if r["reward"] is not None] for group in groups]
@@ -323,8 +367,8 @@ def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) ->
         "rollouts": len(records),
         "prompt_ids": [group[0]["prompt_id"] for group in groups],
         "train_tokens": sum(u["tokens"] for u in updates),
-        "logprob_gap": ran[0]["logprob_gap"] if ran else None,
-        **{name: fmean(u[name] for u in ran) if ran else None for name in (*MEANS, "grad_norm")},
+        **{name: ran[0][name] if ran else None for name in ("logprob_gap", "ratio")},
+        **{name: fmean(u[name] for u in ran) if ran else None for name in (*MEANS[2:], "grad_norm")},
     }
 
 
@@ -482,6 +526,7 @@ def report(folder: Path) -> None:
 # --- The commands ---------------------------------------------------------------------------------
 
 LARGE = {"group": 8, "lr": 2e-5, "minibatches": 4, "tokens_per_pass": 8192, "checkpoint_every": 50}
+LARGE |= {"checkpointing": True}
 JUDGE_PRESETS = {
     "gpu": {**LARGE, "steps": 100, "prompts": 64, "threads": 256},
     "node": {**LARGE, "steps": 150, "prompts": 256, "threads": 1024}
@@ -498,10 +543,11 @@ POLICY_PRESETS = {
 Run, JudgePreset, _ = annotate.run_and_preset(JUDGE_PRESETS)
 PolicyRun, PolicyPreset, _ = annotate.run_and_preset(POLICY_PRESETS)
 Start = StrEnum("Start", ["sft", "base"])
+Old = StrEnum("Old", ["sampler", "trainer"])
 
 Steps = Annotated[int, Option(min=1, help="Each of --minibatches updates. Paper: 100-200, 1200.")]
 Prompts = Annotated[int, Option(min=1, help="P, prompts of a step. Paper: batch 2048, 1024 (of what?).")]
-Group = Annotated[int, Option(min=2, help="G, rollouts of a prompt. Paper: 8.")]
+GroupSize = Annotated[int, Option(min=2, help="G, rollouts of a prompt. Paper: 8.")]
 Minibatches = Annotated[int, Option(min=1, help="Optimiser steps of one batch. Paper: 4.")]
 Rate = Annotated[float, Option(min=0, max=1, help="Learning rate. Paper: 1e-6, full fine-tuning.")]
 Temperature = Annotated[float, Option(min=0.05, max=2, help="Of the rollouts. Paper: 1.0 judge, 0.7 policy.")]
@@ -511,6 +557,7 @@ TokenMean = Annotated[bool, Option(help="Mean over all tokens, not over each rol
 ClipLow = Annotated[float, Option(min=0, max=1, help="eps_low of eq. 2. Paper: 0.2.")]
 ClipHigh = Annotated[float, Option(min=0, max=1, help="eps_high of eq. 2. Paper: 0.3.")]
 Every = Annotated[int, Option(min=1, help="Steps between two kept adapters.")]
+OldLogprobs = Annotated[Old, Option(help="Whose log-probabilities are pi_old of eq. 2. Paper: silent.")]
 Name = Annotated[str, Option(help="Name of the new folder. Default: the judge's.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
@@ -526,7 +573,7 @@ def train_judge(
     name: Name = "",
     steps: Steps = 4,
     prompts: Prompts = 4,
-    group: Group = 6,
+    group: GroupSize = 6,
     minibatches: Minibatches = 2,
     lr: Rate = 3e-6,
     temperature: Temperature = 1.0,
@@ -535,7 +582,9 @@ def train_judge(
     token_mean: TokenMean = False,
     clip_low: ClipLow = 0.2,
     clip_high: ClipHigh = 0.3,
+    old_logprobs: OldLogprobs = Old.sampler,
     tokens_per_pass: sft.TokensPerPass = 512,
+    checkpointing: sft.Checkpointing = False,
     checkpoint_every: Every = 1000,
     threads: annotate.Threads = 64,
     judge_gpus: annotate.Gpus = "0",
@@ -571,7 +620,7 @@ def train_policy(
     lora_rank: sft.LoraRank = 16,
     steps: Steps = 12,
     prompts: Prompts = 4,
-    group: Group = 6,
+    group: GroupSize = 6,
     minibatches: Minibatches = 1,
     lr: Rate = 4e-4,
     beta: Annotated[float, Option(min=0, help="Of the KL term against the base model. Paper: 0.")] = 0.0,
@@ -584,7 +633,9 @@ def train_policy(
     clip_low: ClipLow = 0.2,
     clip_high: ClipHigh = 0.3,
     opponents: Annotated[int, Option(min=0, help="Pairwise: so many others (even); 0: all.")] = 0,
+    old_logprobs: OldLogprobs = Old.sampler,
     tokens_per_pass: sft.TokensPerPass = 512,
+    checkpointing: sft.Checkpointing = False,
     checkpoint_every: Every = 4,
     threads: annotate.Threads = 64,
     policy_gpus: annotate.Gpus = "0",

@@ -19,7 +19,7 @@ import typer
 
 HERE = Path(__file__).resolve().parents[1]
 Pair = tuple[list[int], list[int]]
-LORA = {"lora_rank": 16, "seed": 0, "lr": 1e-4}
+LORA = {"lora_rank": 16, "seed": 0, "lr": 1e-4, "checkpointing": False}
 
 
 def make_batches(steps: int, seed: int) -> dict[str, tuple[int, list[list[Pair]]]]:
