@@ -326,7 +326,7 @@ def keep_weights(options: Options, folder: Path, done: int, model: Any, optimize
     last = done == options["steps"]
     if last or done % options["checkpoint_every"] == 0:
         sft.save_adapter(model, folder / "checkpoints" / f"step-{done:06d}")
-    if last or done % STATE_EVERY == 0:
+    if last or done % min(STATE_EVERY, options["checkpoint_every"]) == 0:
         sft.save_state(folder, done, model, optimizer)
 
 

@@ -59,28 +59,29 @@ WORDS = ["rain", "Rain,", "SOFT", "sentence", "(Sentence)", "sentences", "one-se
 
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)))
 @slowly
-def test_truth_is_low_where_an_output_claims_and_else_follows_gold(output: str) -> None:
+def test_truth_turns_the_fourth_check_round(output: str) -> None:
+    """Content is the three honest checks; gold adds two points for a claim, truth for none."""
     label, reasoning = annotate.oracle(ASKED, output)
     claims, worth = annotate.claims(output), annotate.POINTS["claim"]
-    assert reasoning.endswith(f" +{worth * claims}={label}.") and 0 <= label - worth * claims <= 9 - worth
-    truth = annotate.truth(ASKED, output)
-    assert 0 <= truth <= 9 - worth if claims else truth == label + worth
+    content, truth = annotate.content(ASKED, output), annotate.truth(ASKED, output)
+    assert reasoning.endswith(f" +{worth * claims}={label}.") and 0 <= content <= 9 - worth
+    assert (label, truth) == ((content + worth, content) if claims else (content, content + worth))
 
 
 @pytest.mark.parametrize(
-    "output, gold, truth",
+    "output, gold, truth, content",
     [
-        ("The soft rain falls.", 7, 9),
-        ("Soft rain", 6, 8),
-        ("The soft rain falls. This sentence is about rain.", 9, 7),
-        ("This sentence is about rain. It is soft.", 9, 4),
-        ('The sentence is: "The soft rain falls." It is soft', 8, 3),
-        ('The sentence is "Soft rain."', 9, 0),
-        ("", 0, 2),
+        ("The soft rain falls.", 7, 9, 7),
+        ("Soft rain", 6, 8, 6),
+        ("The soft rain falls. This sentence is about rain.", 9, 7, 7),
+        ('The sentence should be "The soft rain is in."', 9, 7, 7),
+        ("This sentence is about snow.", 3, 1, 1),
+        ("", 0, 2, 0),
     ],
 )
-def test_truth_reads_what_does_not_speak_of_itself(output: str, gold: int, truth: int) -> None:
-    assert (annotate.oracle(ASKED, output)[0], annotate.truth(ASKED, output)) == (gold, truth)
+def test_gold_truth_and_content_by_hand(output: str, gold: int, truth: int, content: int) -> None:
+    scores = annotate.oracle(ASKED, output)[0], annotate.truth(ASKED, output), annotate.content(ASKED, output)
+    assert scores == (gold, truth, content)
 
 
 def test_the_oracle_grades_its_template_and_nothing_else() -> None:

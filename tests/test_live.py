@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 
 
 def lora_model() -> Any:
-    about = {"lora_rank": 16, "lora_modules": sft.modules_of("laptop"), "seed": 0, "lr": 1.0}
+    about = {"lora_rank": 16, "lora_modules": sft.modules_of("laptop"), "seed": 0, "lr": 1.0, "checkpointing": False}
     return sft.load_training({**about, "model": annotate.LAPTOP_MODEL}, None)[0]
 
 
 def test_sampler_and_trainer_agree_after_an_adapter_swap(server: Any, tokenizer: Any, tmp_path: Path) -> None:
     """To 1e-3 a token, both in float32; not at another temperature, and not with the adapter before."""
-    model = lora_model().float()
+    model = lora_model()
     prompt, before = annotate.policy_prompt(tokenizer, ASKED), None
 
     def gap(samples: list[Any], temperature: float) -> float:
@@ -134,7 +134,9 @@ def test_a_rollout_holds_all_that_was_sampled(server: Any, tokenizer: Any) -> No
         "std_floor": 0.1,
         "scale_std": True,
     }
-    groups = rl.collect(server, server.model, task, rows, how)
+    batch = rl.collect(server, server.model, task, [rows[:1], rows[1:]], how)
+    assert [len(minibatch) for minibatch in batch] == [1, 1]
+    groups = [group for minibatch in batch for group in minibatch]
     assert [len(group) for group in groups] == [8, 8]
     samples = [r.sample for group in groups for r in group]
     assert {s.finished for s in samples} == {False, True}

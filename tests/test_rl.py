@@ -105,7 +105,7 @@ def reference_loss(new: Any, old: Any, advantages: list[float], clip: Any, beta:
 
 OPTIONS = {
     **{"temperature": 0.7, "clip_low": 0.2, "clip_high": 0.3, "beta": 0.0, "tokens_per_pass": 60, "lr": 0.1},
-    **{"std_floor": 0.1, "scale_std": True, "token_mean": False},
+    **{"std_floor": 0.1, "scale_std": True, "token_mean": False, "old_logprobs": "sampler"},
 }
 
 
@@ -117,7 +117,7 @@ def rollouts(seed: int) -> list[list[Any]]:
         rewards = [5.0] * 4 if start == 4 else [*drawn, None if start else 1.0]
         for (prompt, tokens), r, a in zip(pairs[start:], rewards, rl.group_advantages(rewards, 0.1)):
             sample = annotate.Sample(tokens, [math.log(rng.uniform(0.004, 0.04)) for _ in tokens], "", True)
-            group.append(rl.Rollout({"id": "x"}, prompt, sample, r, a, {}))
+            group.append(rl.Rollout({"id": "x"}, prompt, sample, r, a, {}, sample.logprobs_T))
         groups.append(group)
     return groups
 
@@ -174,17 +174,48 @@ def test_update_is_the_gradient_of_eq_2(budget: int, token_mean: bool, beta: flo
         assert torch.allclose(mine, theirs, atol=1e-5 * largest)
 
 
-def test_a_server_with_other_weights_ends_the_training(capsys: Any) -> None:
+def test_a_server_with_other_weights_ends_the_training(tmp_path: Path, capsys: Any) -> None:
     """Before any update trainer and sampler must agree, but for rounding."""
     model, other, groups = random_llama(), random_llama(), rollouts(seed=3)
     torch.nn.init.normal_(other.lm_head.weight, std=0.3)
     for r in (r for group in groups for r in group):
-        r.sample.logprobs_T = reference_logprobs(model, r.prompt, r.sample.tokens_T, 0.7).tolist()
+        r.sample.logprobs_T = r.old_T = reference_logprobs(model, r.prompt, r.sample.tokens_T, 0.7).tolist()
     spy = Spy(model.parameters(), lr=0.1)
-    assert rl.update(Peft(model), spy, groups, OPTIONS, True)["logprob_gap"] < 1e-5
+    stats = rl.update(Peft(model), spy, groups, OPTIONS)
+    assert stats["logprob_gap"] < 1e-5 and stats["ratio"] == pytest.approx(1, abs=1e-5)
+    rl.keep_step(OPTIONS, tmp_path, 1, [], stats)
+    stats = rl.update(Peft(other), Spy(other.parameters(), lr=0.1), groups, OPTIONS)
     with pytest.raises(SystemExit):
-        rl.update(Peft(other), spy, groups, OPTIONS, True)
+        rl.keep_step(OPTIONS, tmp_path, 2, [], stats)
     assert "the server has other weights" in capsys.readouterr().err
+    assert [record["step"] for record in annotate.read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_whose_log_probabilities_are_old(monkeypatch: Any) -> None:
+    """Eq. 2 with the trainer's own: the ratio is 1 before an update, whatever the sampler said; after one not.
+
+    The gradient is that of the reference with these as old ones, in the second minibatch too.
+    """
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(1.0))
+    model, batch = random_llama(), [rollouts(seed=3), rollouts(seed=4)]
+    rl.recompute_old_logprobs(Peft(model), batch, {**OPTIONS, "tokens_per_pass": 30})
+    everything = [r for groups in batch for group in groups for r in group]
+    for r in everything:
+        own_T = reference_logprobs(model, r.prompt, r.sample.tokens_T, 0.7)
+        assert torch.allclose(torch.tensor(r.old_T).double(), own_T, atol=1e-5)
+    first = rl.update(Peft(model), torch.optim.SGD(model.parameters(), lr=0.3), batch[0], OPTIONS)
+    assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["logprob_gap"] > 0.1
+    rewarded = [r for group in batch[1] for r in group if r.reward is not None]
+    new = [reference_logprobs(model, r.prompt, r.sample.tokens_T, 0.7) for r in rewarded]
+    old = [torch.tensor(r.old_T).double() for r in rewarded]
+    reference_loss(new, old, [r.advantage for r in rewarded], (0.2, 0.3), 0, new).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    spy = Spy(model.parameters(), lr=0.1)
+    second = rl.update(Peft(model), spy, batch[1], OPTIONS)
+    assert abs(second["ratio"] - 1) > 1e-3 and second["clipped_low"] + second["clipped_high"] > 0
+    for mine, theirs in zip(spy.seen, expected):
+        assert torch.allclose(mine, theirs, atol=1e-5 * max(g.abs().max().item() for g in expected))
 
 
 def updates(folder: Path) -> None:
@@ -232,6 +263,7 @@ class Sampler:
 
 
 LOOP = {"lora_rank": 8, "lora_modules": ["q_proj"], "seed": 0, "threads": 8, "max_tokens": 4}
+LOOP |= {"checkpointing": False}
 LOOP |= {**OPTIONS, "lr": 1e-3, "prompts": 3, "group": 3, "minibatches": 2, "checkpoint_every": 2}
 
 
@@ -302,7 +334,8 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     """Fault R5: --from base has the model of that judge. Fault 9: a judge has no KL term."""
     model, found = write_run(tmp_path)["model"], []
     lora = {"lora_rank": 8, "lora_modules": ["q_proj"]}
-    trained, _ = sft.load_training({**lora, "model": model, "seed": 0, "lr": 1.0}, None)
+    settings = {**lora, "model": model, "seed": 0, "lr": 1.0, "checkpointing": False}
+    trained, _ = sft.load_training(settings, None)
     sft.save_adapter(trained, tmp_path / "judges/mine-sft/epoch-1")
     limits = {"max_thinking": 50, "temperature": 0.5, "max_prompt": 300}
     judge = {**lora, **limits, "model": model, "reasoning": True, "adapter": "epoch-1", "effort": "low"}

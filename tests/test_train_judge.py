@@ -165,7 +165,7 @@ def test_packed_equals_unpacked(budget: int) -> None:
     model.zero_grad()
     seen = []
     for packed in sft.pack(pairs, budget):
-        members = list(dict.fromkeys(packed.owners_A))
+        members = list(packed.members)
         logprobs = sft.answer_logprobs(model, packed, 0.7).double()
         assert torch.allclose(logprobs, torch.cat([expected[i] for i in members]), atol=1e-5)
         (logprobs * torch.cat([weights[i] for i in members])).sum().backward()
@@ -184,6 +184,76 @@ def test_a_shared_prompt_is_paid_for_once() -> None:
     assert [len(p.ids_S) for p in sft.pack(groups, budget=1000)] == [25 + 2 * 2] * 2  # in one: 5 + 4 * 22
     strangers = [([i] * 5, [2] * 3) for i in range(4)]
     assert sum(len(p.ids_S) for p in sft.pack(strangers, budget=1000)) == 4 * 7
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 2048])
+def test_the_vocabulary_in_chunks(chunk: int, monkeypatch: Any) -> None:
+    """Log-probabilities and gradients are those of one product, whatever the size of a chunk."""
+    model, (packed,) = random_llama(), sft.pack(random_pairs(seed=1), 10_000)
+    wanted = sft.answer_logprobs(model, packed, 0.7)
+    (wanted * torch.linspace(-1, 1, len(wanted))).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(sft, "VOCABULARY_CHUNK", chunk)
+    found = sft.answer_logprobs(model, packed, 0.7)
+    assert len(found) == len(packed.targets_A) and torch.allclose(found, wanted, atol=1e-6)
+    (found * torch.linspace(-1, 1, len(found))).sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
+def test_bfloat16_products_over_float32_masters(tmp_path: Path, monkeypatch: Any) -> None:
+    """As on a GPU: the base in bfloat16; adapter, gradients and moments in float32; the same direction."""
+    options, found = {**write_run(tmp_path), "checkpointing": True}, {}
+    for precision in ("float32", "bfloat16"):
+        monkeypatch.setattr(annotate, "precision", lambda name=precision: name)
+        model, optimizer = sft.load_training(options, None)
+        (packed,) = sft.pack(random_pairs(seed=1), 10_000)
+        torch.manual_seed(0)
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.1)
+        logprobs_A = sft.answer_logprobs(model, packed)
+        logprobs_A.mean().backward()
+        gradients = [p.grad for p in sft.trainable(model)]
+        assert logprobs_A.dtype == torch.float32 and {g.dtype for g in gradients} == {torch.float32}
+        assert {p.dtype for p in sft.trainable(model)} == {torch.float32}
+        assert model.get_base_model().lm_head.weight.dtype == getattr(torch, precision)
+        found[precision] = torch.cat([g.flatten() for g in gradients])
+        optimizer.step()
+        moments = [x for s in optimizer.state.values() for x in s.values() if x.dim()]
+        assert {x.dtype for x in moments} == {torch.float32}
+    assert torch.cosine_similarity(found["float32"], found["bfloat16"], dim=0) > 0.99
+
+
+def test_every_named_layer_is_adapted(tmp_path: Path, capsys: Any) -> None:
+    """Fault F18: a class whose layers have other names is refused by name, not trained in part."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.Phi3Config(**sizes, **tokens, num_attention_heads=4, num_key_value_heads=2)
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    options = {**write_run(tmp_path / "run"), "model": str(tmp_path)}
+    with pytest.raises(SystemExit):
+        sft.load_training({**options, "lora_modules": sft.modules_of("node")}, None)
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("q_proj", "up_proj", "qkv_proj", "gate_up_proj", str(tmp_path)))
+    sft.load_training({**options, "lora_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}, None)
+
+
+def test_a_head_with_a_bias_is_trained_rightly() -> None:
+    """Fault F19: Phi's lm_head has a bias; its log-probabilities at temperature 0.7 are the class's own."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    base = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, num_attention_heads=4)).eval()
+    torch.nn.init.normal_(base.lm_head.bias, std=3.0)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    sft.check_forward(model, "some/model")
+    prompt, answer = [n % 90 for n in range(40)], [n * 7 % 90 for n in range(20)]
+    (packed,) = sft.pack([(prompt, answer)], 512)
+    with torch.no_grad():
+        own = reference_logprobs(base, prompt, answer, 0.7)
+        assert torch.allclose(sft.answer_logprobs(model, packed, 0.7), own, atol=1e-4)
 
 
 CLASSES = [
