@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean
@@ -221,10 +221,10 @@ def sft(options: Options, run: Path, folder: Path) -> None:
         order = random.Random(f"{options['seed']} {epoch}").sample(rows, len(rows))
         # Sorted, so that neighbours share as long a prefix as they can; a rank's share are neighbours.
         batch = sorted(order[place * size :][:size], key=lambda row: (row["instruction"], row["output"]))
-        pairs = [example(row) for row in batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]]
         limits = options["max_prompt"], options["max_thinking"]
-        pairs = [(p, a) for p, a in pairs if len(p) <= limits[0] and len(a) <= limits[1]]
-        tokens, used = over_ranks([sum(len(answer) for _, answer in pairs), len(pairs)])
+        fitting = [(p, a) for p, a in map(example, batch) if len(p) <= limits[0] and len(a) <= limits[1]]
+        tokens, used = sum(len(answer) for _, answer in fitting), len(fitting)
+        pairs = share_of_rank(fitting, rank, ranks)
         if not used and step == first:
             fail(f"{folder}: no example of step {step} fits --max-prompt and --max-thinking. Raise them.")
         loss = 0.0
@@ -242,6 +242,13 @@ def sft(options: Options, run: Path, folder: Path) -> None:
                 save_adapter(model, folder / f"epoch-{epoch + 1}")
             if place + 1 == batches or (step + 1) % SAVE_EVERY == 0:
                 save_state(folder, step + 1, model, optimizer)
+
+
+def share_of_rank(pairs: Sequence[Pair], rank: int, ranks: int) -> list[Pair]:
+    """A rank's neighbouring `pairs`: about as many tokens for each, since thoughts vary from 100 to 4,096."""
+    sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
+    middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes)]
+    return [pair for pair, middle in zip(pairs, middles) if int(ranks * middle / sum(sizes)) == rank]
 
 
 # --- Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once ---

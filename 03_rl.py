@@ -446,9 +446,17 @@ def policy_task(options: Options, run: Path, ask: Ask | None) -> Task:
     return Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rewards)
 
 
-def fitting_rows(options: Options, task: Task) -> Iterator[Row]:
-    """The rows whose prompt fits `max_prompt`, one by one: for 200,000, each rank tokenises for 6 minutes."""
-    return (row for row in task.rows if len(task.prompt(row)) <= options["max_prompt"])
+def rows_that_fit(options: Options, task: Task, folder: Path) -> list[Row]:
+    """The rows whose prompt has at most `max_prompt` tokens. What fits is found out once, and kept in a file.
+
+    For 117,000 instructions that is minutes, which neither every rank nor every resume should spend.
+    """
+    path = folder / "fitting.json"
+    if not path.exists():
+        fitting = [row["id"] for row in task.rows if len(task.prompt(row)) <= options["max_prompt"]]
+        annotate.write_json(path, {"ids": fitting})
+    fitting = set(annotate.read_json(path, ["ids"])["ids"])
+    return [row for row in task.rows if row["id"] in fitting]
 
 
 # --- Where everything runs: servers on their GPUs, ranks on theirs --------------------------------
@@ -478,7 +486,7 @@ def train_rank(options: Options, run: Path, folder: Path, doors: Sequence[Any]) 
     """What a rank does. `doors`: (url, key, model, retries) of the trained model's server, its judge's."""
     with judge_to_please(options, run, doors[-1]) as ask:
         task = policy_task(options, run, ask) if ask else judge_task(options, run)
-        task.rows = list(fitting_rows(options, task))
+        task.rows = rows_that_fit(options, task, folder)
         grpo(options, folder, annotate.Endpoint(*doors[0]), task)
 
 
@@ -489,7 +497,8 @@ def train(options: Options, run: Path, folder: Path, record: Row, adapter: Path 
     takes 0.9 of its memory, servers that share one equal parts; half of it is left to a rank that trains.
     """
     task = policy_task(options, run, None) if options["task"] == "policy" else judge_task(options, run)
-    if next(fitting_rows(options, task), None) is None:
+    if not rows_that_fit(options, task, folder):
+        (folder / "fitting.json").unlink()
         fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
     mine, others = options["policy_gpus"], options["judge_gpus"] if adapter else ""
     judge, ranks = options["judge_record"], set(options["train_gpus"].split(","))
@@ -605,7 +614,8 @@ def train_judge(
     sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
-        train(options, run, folder, {**record, "adapter": f"checkpoints/step-{steps:06d}"})
+        before = source.name if adapter else ""  # stage 4 compares agreement before and after
+        train(options, run, folder, {**record, "adapter": f"checkpoints/step-{steps:06d}", "before": before})
     report(folder)
 
 

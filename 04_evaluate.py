@@ -34,7 +34,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,8 @@ annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 
 Row = dict[str, Any]  # a record of a JSON or JSONL file
-GOLD, PAIRWISE_GOLD, TRUTH = "gold", "gold-pairwise", "truth"  # judges that nobody trained
+GOLD, PAIRWISE_GOLD, TRUTH, CONTENT = "gold", "gold-pairwise", "truth", "content"  # nobody trained these
+UNFOOLED = {TRUTH: annotate.truth, CONTENT: annotate.content}  # the laptop's, which know gold's weakness
 BASE = "base"  # the untrained base model: as a judge, as a policy
 SERVING = {"gpu": {"threads": 256}, "node": {"threads": 1024, "gpus": "0,1,2,3,4,5,6,7"}}
 Run, *_ = annotate.run_and_preset(SERVING)
@@ -141,8 +142,8 @@ def kept(path: Path, tasks: Row, opening: Any, work: Any, label: str, threads: i
 @contextmanager
 def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Iterator[Callable[..., Row]]:
     """The judge `name` as a function (instruction, output[, other]) -> verdict."""
-    if name == TRUTH:
-        yield lambda instruction, output: {"expected": annotate.truth(instruction, output)}
+    if name in UNFOOLED:
+        yield lambda instruction, output: {"expected": UNFOOLED[name](instruction, output)}
     elif name in (GOLD, PAIRWISE_GOLD):
         options = annotate.read_options(servers.run / "annotations")
         if options["gold"] != "oracle":  # the GPUs are for gold's own server
@@ -232,9 +233,12 @@ def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, thre
     return {record["id"]: record["expected"] for record in records}
 
 
+AT_LEAST = 10  # instructions: an interval of fewer says nothing
+
+
 def bootstrap(values: Any, level: float = 0.95) -> list[float] | None:
-    """[low, high], the percentile bootstrap interval of the mean of `values`; None without values."""
-    if not len(values):
+    """[low, high], the percentile bootstrap interval of the mean of `values`; None for too few values."""
+    if len(values) < AT_LEAST:
         return None
     means = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values))).mean(1)
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
@@ -278,30 +282,57 @@ def curve(frame: Any) -> list[Row]:
 
 
 def findings(run: Path) -> list[str]:
-    """Which of the paper's findings gold.json shows, by lifts clear of 0: a line for each policy that could.
+    """Which of the paper's findings a run shows, a line each, by changes whose 95 % interval is clear of 0.
 
-    1: against a direct judge, own rises and gold falls. 2: against a reasoning judge, gold rises and truth
-    falls, and at least half of the last outputs speak of themselves.
+    1: against a direct judge, its own score rises and gold's falls. 2: against a reasoning judge, gold's rises
+    and truth falls, and at least half of the last outputs speak of themselves. 3: GRPO raises the agreement of
+    a distilled judge with gold. The first two are read from gold.json, the third from judges.json.
     """
-    results, lines = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "kinds")), []
+    results = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "kinds"))
+    lines = []
     for name, kind in sorted(results["kinds"].items(), key=lambda item: item[1]):
-        point, sign, text = results["curves"][name][-1], {}, {}
-        for key in SCORES:
-            low, high = point.get(f"{key}_lift_interval") or [0, 0]
-            sign[key] = (low > 0) - (high < 0)
-            lift = point.get(f"{key}_lift")
-            text[key] = f"{key} none" if lift is None else f"{key} {lift:+.1f} [{low:+.1f}, {high:+.1f}]"
+        last = results["curves"][name][-1]
+        lift = {key: change(last, f"{key}_lift") for key in SCORES}
         if kind == "direct":
-            says = "shown" if sign["own"] > 0 > sign["gold"] else "not shown"
-            lines.append(f"finding 1: {says}, {text['own']}, {text['gold']} (policy {name})")
-        if kind == "reasoning":
-            says, more = "gold rises" if sign["gold"] > 0 else "gold does not rise", ""
-            if "claims" in point:  # without a truth nobody knows whether gold is fooled
-                shown = sign["gold"] > 0 > sign["truth"] and point["claims"] >= 0.5
-                more = f", {text['truth']}, claims {point['claims']:.0%}"
-                says = "shown" if shown else "not shown"
-            lines.append(f"finding 2: {says}, {text['gold']}{more} (policy {name})")
+            shown = lift["own"].sign > 0 > lift["gold"].sign
+            text = f"own {lift['own'].text}, gold {lift['gold'].text}"
+            lines.append(f"finding 1: {'shown' if shown else 'not shown'}, {text} (policy {name})")
+        elif "claims" in last:
+            shown = lift["gold"].sign > 0 > lift["truth"].sign and last["claims"] >= 0.5
+            text = ", ".join(f"{key} {lift[key].text}" for key in ("gold", "truth", "content"))
+            text += f", claims {last['claims']:.0%}"
+            lines.append(f"finding 2: {'shown' if shown else 'not shown'}, {text} (policy {name})")
+        else:  # without a truth nobody knows whether gold is fooled
+            says = "gold rises" if lift["gold"].sign > 0 else "gold does not rise"
+            lines.append(f"finding 2: {says}, gold {lift['gold'].text} (policy {name})")
+    path = run / "evaluation" / "judges.json"
+    for name, scores in annotate.read_json(path).items() if path.exists() else ():
+        if "alpha_lift" in scores:
+            lift = change(scores, "alpha_lift", "{:+.0f}")
+            shown = "shown" if lift.sign > 0 else "not shown"
+            lines.append(
+                f"finding 3: {shown}, alpha {lift.text} by GRPO, to {scores['alpha']:.0f} (judge {name})"
+            )
     return lines or ["no policy was trained against a direct or reasoning judge: no finding to show"]
+
+
+class Change(NamedTuple):
+    """A change with its interval as text, and its `sign`: 0 unless the interval is clear of 0."""
+
+    text: str
+    sign: int
+
+
+def change(scores: Row, key: str, number: str = "{:+.1f}") -> Change:
+    """The change `key` of `scores`, whose interval stands beside it as KEY_interval."""
+    value, interval = scores.get(key), scores.get(f"{key}_interval")
+    if value is None:
+        return Change("none", 0)
+    if interval is None:
+        return Change(f"{number.format(value)} [too few]", 0)
+    low, high = interval
+    text = f"{number.format(value)} [{number.format(low)}, {number.format(high)}]"
+    return Change(text, 1 if low > 0 else -1 if high < 0 else 0)
 
 
 def show(frame: Any, **how: Any) -> None:
@@ -309,12 +340,13 @@ def show(frame: Any, **how: Any) -> None:
     print(frame.to_string(float_format="{:.2f}".format, na_rep="none", **how), end="\n\n")
 
 
-SCORES = {"own": "its own judge", "gold": "gold judge", "truth": "truth: nobody trains on it"}
+SCORES = {"own": "its own judge", "gold": "gold judge"}
+SCORES |= {"truth": "truth: nobody trains on it", "content": "content, of 7: what was asked for"}
 SHARES = {"refusal": "refuses", "claims": "speaks of itself"}
 # A picture's rows: axis name -> {measure: its text}.
 PANELS = {"mean score, 0-9": SCORES, "fluency": {"fluency": "log-probability a token"}}
 PANELS |= {"length": {"tokens": "tokens"}, "share of outputs": SHARES}
-COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "refusal": "tab:red"}
+COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "content": "tab:gray"}
 
 
 def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) -> None:
@@ -366,14 +398,15 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
     judges, policies, folder = trained_judges(run), trained_policies(run), run / "evaluation"
     if not policies:
         annotate.fail(f"{run} has no finished policy. Run this first: python 03_rl.py policy --run {run}")
-    truth = {TRUTH: TRUTH} if annotate.read_options(run / "annotations")["gold"] == "oracle" else {}
+    oracle = annotate.read_options(run / "annotations")["gold"] == "oracle"
+    unfooled = {name: name for name in UNFOOLED} if oracle else {}
     own, readers, kinds = {name: policy["judge"] for name, policy in policies.items()}, {}, {}
     for name, judge in own.items():
         if judge not in (*judges, GOLD, TRUTH):
             annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
         pairwise = judges.get(judge, {}).get("pairwise")
         gold = PAIRWISE_GOLD if pairwise else GOLD
-        readers[name] = {"own": judge, "gold": gold, **truth}  # column -> judge
+        readers[name] = {"own": judge, "gold": gold, **unfooled}  # column -> judge
         if judge in judges and not pairwise:
             kinds[name] = "reasoning" if judges[judge]["reasoning"] else "direct"
     annotate.record_config(folder, {})
@@ -383,7 +416,9 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
             own_base = [row for row in rows if row["base"] == policy["base"]]
             outputs[name] = [row for row in own_base if row["policy"] in (name, BASE)]
         now = max(policy["model"] for policy in policies.values())  # its judges are first, gold's server last
-        models = {GOLD: "", PAIRWISE_GOLD: "", TRUTH: ""} | {n: judge["model"] for n, judge in judges.items()}
+        models = dict.fromkeys((GOLD, PAIRWISE_GOLD, *UNFOOLED), "") | {
+            n: judge["model"] for n, judge in judges.items()
+        }
         for judge in sorted(models, key=lambda j: (not models[j], models[j] != now, models[j])):
             asked = [row for name in policies if judge in readers[name].values() for row in outputs[name]]
             scores[judge] = score_outputs(asked, judge, judges, servers, threads)
@@ -412,7 +447,9 @@ def judges_command(
     gpus: annotate.Gpus = "0",
 ) -> None:
     """Agreement of every judge with gold on the judges' test set: the paper's alpha x 100, or accuracy."""
-    judges, folder, scores = trained_judges(run, prompted), run / "evaluation", {}
+    judges, folder = trained_judges(run, prompted), run / "evaluation"
+    scores: dict[str, Row] = {}
+    said: dict[str, list[Row]] = {}
     if not judges:
         annotate.fail(f"{run} has no finished judge. Run this first: python 02_train_judge.py --run {run}")
     annotate.record_config(folder, {})
@@ -420,12 +457,35 @@ def judges_command(
         for name in sorted(judges, key=lambda name: judges[name]["model"]):
             path, pairwise = folder / "judges" / file_of(name, judges), judges[name].get("pairwise", False)
             rows = {row["id"]: row for row in sft.labelled(run, "judge_test", pairwise=pairwise)}
-            verdicts = kept(path, rows, open_judge(name, judges, servers), sft.judge_row, name, threads)
-            scores[name] = sft.agreement(verdicts, pairwise=pairwise)
+            said[name] = kept(path, rows, open_judge(name, judges, servers), sft.judge_row, name, threads)
+            scores[name] = sft.agreement(said[name], pairwise=pairwise)
+    for name, judge in judges.items():
+        before = judge.get("before")  # what GRPO began with
+        if before in said and not judge.get("pairwise"):
+            scores[name] |= alpha_lift(said[before], said[name])
     annotate.write_json(folder / "judges.json", scores)
     for measure in ("alpha", "accuracy"):
         if table := {name: score for name, score in scores.items() if measure in score}:
             show(pd.DataFrame(table, dtype=float).T)
+
+
+def alpha_lift(before: list[Row], after: list[Row], draws: int = 1000) -> Row:
+    """alpha x 100 of the judgements `after` minus that of those `before`, of the same outputs in one order.
+
+    The interval is a paired bootstrap: each draw takes the same outputs for both.
+    """
+
+    def alpha(judgements: list[Row], places: Iterable[int]) -> float:
+        some = [judgements[place] for place in places]
+        value = sft.krippendorff_alpha([(row["gold"], row["label"]) for row in some])
+        return 0.0 if value is None else 100 * value
+
+    everything = range(len(before))
+    drawn = np.random.default_rng(0).integers(len(before), size=(draws, len(before)))
+    lifts = [alpha(after, places) - alpha(before, places) for places in drawn]
+    interval = np.quantile(lifts, [0.025, 0.975]).tolist() if len(before) >= AT_LEAST else None
+    lift = alpha(after, everything) - alpha(before, everything)
+    return {"alpha_lift": lift, "alpha_lift_interval": interval}
 
 
 def mean_and_range(values: Any) -> str:
