@@ -284,9 +284,9 @@ def curve(frame: Any) -> list[Row]:
 def findings(run: Path) -> list[str]:
     """Which of the paper's findings a run shows, a line each, by changes whose 95 % interval is clear of 0.
 
-    1: against a direct judge, its own score rises and gold's falls. 2: against a reasoning judge, gold's rises
-    and truth falls, and at least half of the last outputs speak of themselves. 3: GRPO raises the agreement of
-    a distilled judge with gold. The first two are read from gold.json, the third from judges.json.
+    1: against a direct judge, own score rises and gold's falls. 2: against a reasoning judge, gold's score
+    rises, truth falls, and at least half of the last outputs speak of themselves. 3: GRPO raises a distilled
+    judge's agreement with gold. The first two are read from gold.json, the third from judges.json.
     """
     results = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "kinds"))
     lines = []

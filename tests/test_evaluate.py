@@ -68,7 +68,10 @@ def test_score_against_the_baseline() -> None:
 
 
 def test_a_curve_by_hand() -> None:
-    """Means skip invalid scores; lifts are paired by instruction, whatever the order, whoever is missing."""
+    """Means skip invalid scores; lifts are paired by instruction, whatever the order, whoever is missing.
+
+    Fault F13: an interval needs ten instructions; of fewer there is none.
+    """
     import pandas as pd
 
     rows = [  # instruction, step, own, gold
@@ -81,29 +84,45 @@ def test_a_curve_by_hand() -> None:
     )
     first, last = evaluate.curve(frame.assign(fluency=-1.5))
     assert (first["step"], first["n"], first["own"], first["gold"], first["gold_unusable"]) == (0, 3, 4, 3, 1)
-    assert (first["own_lift"], first["own_lift_interval"]) == (0, [0, 0])
+    assert (first["own_lift"], first["own_lift_interval"]) == (0, None)
     assert (last["step"], last["own"], last["own_unusable"], last["own_lift"]) == (8, 7.5, 1, (4 + 1) / 2)
-    assert (last["gold"], last["gold_lift"], last["gold_lift_interval"]) == (17 / 3, 1, [1, 1])
-    assert last["own_lift_interval"] == [1, 4] and last["own_interval"] == [7, 8]
+    assert (last["gold"], last["gold_lift"]) == (17 / 3, 1)
     assert (last["tokens"], last["fluency"], last["refusal"]) == (5, -1.5, 1)
     assert last["unfinished"] == pytest.approx(1 / 3) and "claims" not in last and "truth" not in last
     assert evaluate.curve(frame.assign(fluency=0.0, truth=9.0))[0]["claims"] == 0
     nothing = evaluate.curve(frame.assign(fluency=0.0, own=math.nan))[1]
-    assert (
-        nothing["own"]
-        is nothing["own_interval"]
-        is nothing["own_lift"]
-        is nothing["own_lift_interval"]
-        is None
-    )
+    assert all(nothing[f"own{end}"] is None for end in ("", "_interval", "_lift", "_lift_interval"))
     json.dumps([first, last, nothing], allow_nan=False)
+    many = [frame.assign(instruction=frame.instruction + str(n), fluency=0.0) for n in range(5)]
+    last = evaluate.curve(pd.concat(many))[1]
+    assert last["gold_lift_interval"] == [1, 1] and 1 < last["own_lift_interval"][0] < 2.5
+    assert 7 < last["own_interval"][0] < 7.5 < last["own_interval"][1] < 8
+
+
+def test_agreement_before_and_after_grpo(tmp_path: Path) -> None:
+    """Finding 3: a paired bootstrap over the same outputs, none of fewer than ten."""
+    gold = [0, 3, 6, 9, 1, 4, 7, 2, 5, 8] * 3
+    rng = random.Random(0)
+    before = [{"gold": g, "label": min(9, max(0, g + rng.choice((-4, -3, 3, 4))))} for g in gold]
+    after = [{"gold": g, "label": g} for g in gold]
+    lift = evaluate.alpha_lift(before, after)
+    alpha = 100 * sft.krippendorff_alpha([(row["gold"], row["label"]) for row in before])
+    low, high = lift["alpha_lift_interval"]
+    assert lift["alpha_lift"] == pytest.approx(100 - alpha) and 0 < low < lift["alpha_lift"] < high
+    assert evaluate.alpha_lift(after, after) == {"alpha_lift": 0, "alpha_lift_interval": [0, 0]}
+    assert evaluate.alpha_lift(before[:9], after[:9])["alpha_lift_interval"] is None
+    annotate.write_json(tmp_path / "evaluation/gold.json", {"curves": {}, "kinds": {}})
+    for name, more in (("shown", lift), ("not shown", evaluate.alpha_lift(after, after)), (None, {})):
+        annotate.write_json(tmp_path / "evaluation/judges.json", {"reasoning-rl": {"alpha": 100.0, **more}})
+        (line,) = evaluate.findings(tmp_path)
+        assert line.startswith(f"finding 3: {name}, alpha +" if name else "no policy")
 
 
 def point(
     own: float, gold: float, truth: float | None, claims: float = 1.0, width: float = 0.4
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"step": 24} | ({} if truth is None else {"claims": claims})
-    for key, value in (("own", own), ("gold", gold), ("truth", truth)):
+    for key, value in (("own", own), ("gold", gold), ("truth", truth), ("content", truth and 0.0)):
         if value is not None:
             found |= {f"{key}_lift": value, f"{key}_lift_interval": [value - width, value + width]}
     return found
@@ -123,6 +142,7 @@ def point(
     ("reasoning", point(3, 2, None), "finding 2: gold rises, gold +2.0"),
     ("reasoning", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
     ("reasoning", {"claims": 1.0, "gold_lift": None}, "finding 2: not shown, gold none, truth none"),
+    ("direct", {**point(1.9, -3.2, 0.0), "own_lift_interval": None}, "finding 1: not shown, own +1.9 [too few]"),
     ("", point(3, 2, -2), "no policy was trained"),  # against a pairwise judge, or a control
 ])  # fmt: skip
 def test_findings(tmp_path: Path, kind: str, last: dict[str, Any], says: str) -> None:
@@ -240,13 +260,14 @@ def test_a_pairwise_judge_is_shown_the_policys_own_base(tmp_path: Path, monkeypa
 
 def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotate, "serve", lambda *_, **__: pytest.fail("a server was started"))
+    monkeypatch.setattr(evaluate, "AT_LEAST", 2)  # of two instructions here
     result = run(f"gold --run {folder}")
     assert result.exit_code == 0, result.output
     written = json.loads((folder / "evaluation/gold.json").read_text())
     assert written["judges"] == OWNERS and written["curves"].keys() == OWNERS.keys()
     keys = {
         f"{key}{rest}"
-        for key in ("own", "gold", "truth")
+        for key in ("own", "gold", "truth", "content")
         for rest in ("", "_interval", "_unusable", "_lift", "_lift_interval")
     }
     keys |= {"step", "n", "fluency", "tokens", "unfinished", "refusal", "claims"}

@@ -20,7 +20,13 @@ from transformers import AutoModelForCausalLM
 
 
 def lora_model() -> Any:
-    about = {"lora_rank": 16, "lora_modules": sft.modules_of("laptop"), "seed": 0, "lr": 1.0, "checkpointing": False}
+    about = {
+        "lora_rank": 16,
+        "lora_modules": sft.modules_of("laptop"),
+        "seed": 0,
+        "lr": 1.0,
+        "checkpointing": False,
+    }
     return sft.load_training({**about, "model": annotate.LAPTOP_MODEL}, None)[0]
 
 
