@@ -414,25 +414,40 @@ def pointwise_rewards(ask: Ask, row: Row, samples_G: Sequence[Any], pool: Execut
     return [v["expected"] for v in verdicts_G], [{key: v.get(key) for key in notes} for v in verdicts_G]
 
 
+def first_wins(verdict: Row) -> float | None:
+    """1 if a pairwise judge finds the first output better, 0 for the second, 0.5 for a tie; None: invalid."""
+    if verdict["expected"] is None:
+        return None
+    chance = 2 - verdict["expected"]  # of the first to be better, for the labels are 1 and 2
+    return 0.5 if chance == 0.5 else float(chance > 0.5)
+
+
 def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
     """Eq. 4: the share of the others in its group that a rollout beats; a tie is half a win.
 
     Each pair is judged once, in random order, because judges lean to one place. Calls grow as G^2, unless a
     rollout meets only its `opponents` nearest neighbours in a circle. An invalid judgement counts for none.
     """
-    group, texts_G = len(samples_G), [sample.text.strip() for sample in samples_G]
-    reach = opponents // 2 or group
-    pairs = itertools.combinations(range(group), 2)
-    games = [random.sample((a, b), 2) for a, b in pairs if min(b - a, group - b + a) <= reach]
+    texts_G = [sample.text.strip() for sample in samples_G]
+    group = len(texts_G)
+    reach = opponents // 2 if opponents else group
+    games = []
+    for a, b in itertools.combinations(range(group), 2):
+        distance_in_circle = min(b - a, group - (b - a))
+        if distance_in_circle <= reach:
+            games.append(random.sample((a, b), 2))
     verdicts = list(pool.map(lambda game: ask(row["instruction"], texts_G[game[0]], texts_G[game[1]]), games))
-    points: list[list[float]] = [[] for _ in range(group)]
-    for (a, b), expected in zip(games, (verdict["expected"] for verdict in verdicts)):
-        if expected is not None:  # 2 - expected is the probability that a is better
-            points[a].append(0.5 if expected == 1.5 else float(expected < 1.5))
-            points[b].append(1 - points[a][-1])
-    causes = Counter(verdict["cause"] for verdict in verdicts if verdict["expected"] is None)
-    notes_G = [{"games": len(p), "cause": None if p else str(dict(causes))} for p in points]
-    return [fmean(p) if p else None for p in points], notes_G
+    points_G: list[list[float]] = [[] for _ in range(group)]
+    causes: Counter[str] = Counter()
+    for (first, second), verdict in zip(games, verdicts):
+        won = first_wins(verdict)
+        if won is None:
+            causes[verdict["cause"]] += 1
+        else:
+            points_G[first].append(won)
+            points_G[second].append(1 - won)
+    notes_G = [{"games": len(points), "cause": None if points else str(dict(causes))} for points in points_G]
+    return [fmean(points) if points else None for points in points_G], notes_G
 
 
 def policy_task(options: Options, run: Path, ask: Ask | None) -> Task:
@@ -493,28 +508,33 @@ def train_rank(options: Options, run: Path, folder: Path, doors: Sequence[Any]) 
 def train(options: Options, run: Path, folder: Path, record: Row, adapter: Path | None = None) -> None:
     """Start the servers, train on all ranks, and write `record` to say that it is done.
 
-    One server plays policy and judge (`adapter`) where both have the same base model. A server alone on a GPU
-    takes 0.9 of its memory, servers that share one equal parts; half of it is left to a rank that trains.
+    `adapter`: that of the judge to please, where a server of ours plays it. A server alone on a GPU takes 0.9
+    of its memory; half of that is left to a rank that trains there, and two servers share the rest.
     """
     task = policy_task(options, run, None) if options["task"] == "policy" else judge_task(options, run)
     if not rows_that_fit(options, task, folder):
         (folder / "fitting.json").unlink()
         fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
-    mine, others = options["policy_gpus"], options["judge_gpus"] if adapter else ""
-    judge, ranks = options["judge_record"], set(options["train_gpus"].split(","))
-    same = bool(adapter) and judge["model"] == options["model"]
-    if same:
-        mine, others = ",".join(dict.fromkeys(f"{mine},{others}".split(","))), ""
-
-    def memory(gpus: str) -> float:
-        users = 2 if set(mine.split(",")) & set(others.split(",")) else 1
-        return (0.45 if set(gpus.split(",")) & ranks else 0.9) / users
-
+    judge = options["judge_record"]
+    policy_gpus, judge_gpus, train_gpus = (
+        options[key].split(",") for key in ("policy_gpus", "judge_gpus", "train_gpus")
+    )
+    if adapter is None:  # a judge in training, or a control: there is no judge to serve
+        servers = [([options], policy_gpus)]
+    elif judge["model"] == options["model"]:  # one server plays both
+        servers = [([options, judge], list(dict.fromkeys([*policy_gpus, *judge_gpus])))]
+    else:
+        servers = [([options], policy_gpus), ([judge], judge_gpus)]
     with contextlib.ExitStack() as stack:
-        users = [options, judge] if same else [options]
-        servers = [sft.serve_adapters(users, run, mine, 1 + same, memory(mine))]
-        servers += [sft.serve_adapters([judge], run, others, 1, memory(others))] if others else []
-        endpoints = [stack.enter_context(server) for server in servers]
+        endpoints = []
+        for users, gpus in servers:
+            memory = 0.9
+            if set(gpus) & set(train_gpus):
+                memory /= 2
+            if len(servers) == 2 and set(policy_gpus) & set(judge_gpus):
+                memory /= 2
+            server = sft.serve_adapters(users, run, ",".join(gpus), len(users), memory)
+            endpoints.append(stack.enter_context(server))
         if adapter:
             endpoints[-1].load_adapter("judge", adapter)
         doors = [(endpoint.url, endpoint.key, endpoint.model, 2) for endpoint in endpoints]

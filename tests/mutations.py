@@ -47,8 +47,8 @@ MUTATIONS = [
     ("03", "for size in sizes.tolist()])", "for size in sizes.tolist()[::-1]])", "weights mixed up"),
     ("03", "for r in members for x in r.old_T", "for r in members for x in r.sample.logprobs_T", "whose old"),
     ("03", "        adapter = publish(endpoint, model, folder, step", "        publish(endpoint, model, folder, step", "stale adapter"),
-    ("03", "1 - points[a][-1]", "points[a][-1]", "eq. 4: both of a pair win"),
-    ("03", "0.5 if expected == 1.5 else ", "", "eq. 4: ties go to the second"),
+    ("03", "append(1 - won)", "append(won)", "eq. 4: both of a pair win"),
+    ("03", "0.5 if chance == 0.5 else ", "", "eq. 4: ties go to the second"),
     ("03", "rows_P[i : i + size][rank::ranks]", "rows_P[rank::ranks][i : i + size]", "ranks disagree"),
 ]  # fmt: skip
 

@@ -379,7 +379,7 @@ def test_servers_and_ranks_share_the_memory(tmp_path: Path, gpus: str, monkeypat
 
     monkeypatch.setattr(sft, "serve_adapters", serve)
     monkeypatch.setattr(sft, "on_ranks", lambda *_: None)
-    monkeypatch.setattr(rl, "policy_task", lambda *_: rl.Task([{}], lambda row: [1], None))
+    monkeypatch.setattr(rl, "policy_task", lambda *_: rl.Task([{"id": "a"}], lambda row: [1], None))
     options = dict(zip(("policy_gpus", "judge_gpus", "train_gpus"), gpus.split()))
     options |= {"task": "policy", "model": "m", "max_prompt": 9}
     options["judge_record"] = {"model": "m" if "same" in gpus else "other"}
