@@ -478,7 +478,7 @@ def report(folder: Path) -> None:
     for name in ("reward", "invalid", "length", "truncated"):
         ends = [[r[name] for r in rows if r[name] is not None] for rows in (records[:part], records[-part:])]
         print(f"{folder.name}: {name} {' -> '.join(f'{fmean(end):.2f}' if end else 'none' for end in ends)}")
-    figure = Figure((6, 3), layout="constrained")
+    figure = Figure((5, 3), layout="constrained")
     axis, steps = figure.subplots(), [record["step"] for record in records]
     axis.plot(steps, [record["reward"] for record in records], ".-")
     axis.set(title=folder.name, xlabel="training step", ylabel="mean reward of the rollouts")
@@ -486,7 +486,7 @@ def report(folder: Path) -> None:
         right = axis.twinx()
         right.plot(steps, [record["invalid"] for record in records], color="tab:red", lw=1)
         right.set(ylim=(0, 1), ylabel="share of invalid (red)")
-    figure.savefig(folder / "reward.png", dpi=120)
+    figure.savefig(folder / "reward.png", dpi=100)
     print(f"picture: {folder / 'reward.png'}")
 
 

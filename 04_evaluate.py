@@ -423,11 +423,14 @@ def examples(run: Path, number: int = 3) -> Any:
     """A frame: outputs of every policy before training and at its last step, scores as "4.7 → 6.8".
 
     They answer the first `number` test instructions in the order in which stage 1 drew them: nobody chose.
+    A text is cut after 400 characters.
     """
     path = annotate.require(run / "evaluation" / "scored.jsonl", f"04_evaluate.py gold --run {run}")
     frame, tables = pd.DataFrame(annotate.read_jsonl(path)), []
     for key in [key for key in SCORES if key in frame]:
         frame[key] = [f"{score:.1f}" if score == score else "invalid" for score in frame[key].astype(float)]
+    for key in ("instruction", "output"):
+        frame[key] = [textwrap.shorten(text, 400, placeholder=" …") for text in frame[key]]
     for name, rows in frame.groupby("policy", sort=False):
         last = rows[rows.step == rows.step.max()]
         both = last.merge(rows[rows.step == 0], on="instruction", suffixes=("", "_before")).head(number)
@@ -443,8 +446,7 @@ def examples_command(run: Run) -> None:
     """A Markdown table of outputs before and after training, with their scores."""
     table = examples(run)
     for row in (table.columns, ["---"] * len(table.columns), *table.to_numpy()):
-        cells = [textwrap.shorten(cell, 400, placeholder=" …").replace("|", r"\|") for cell in row]
-        print("|", " | ".join(cells), "|")
+        print("|", " | ".join(cell.replace("|", r"\|") for cell in row), "|")
 
 
 # --- judges: agreement with gold.  study: several runs, e.g. seeds ----------------------------------
