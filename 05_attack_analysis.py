@@ -560,8 +560,7 @@ def html_table(frame: Any) -> str:
     """`frame` as a table, cells with their column's name; nothing that a model wrote becomes markup."""
     safe = frame.map(lambda x: html.escape(x) if isinstance(x, str) else "none" if pd.isna(x) else f"{x:.2f}")
     named = safe.apply(lambda column: f"<i>{column.name}: </i>" + column)
-    with pd.option_context("display.max_colwidth", None):
-        return named.to_html(index=False, escape=False, border=0)
+    return named.to_html(index=False, escape=False, border=0)
 
 
 @app.command("report")

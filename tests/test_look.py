@@ -1,9 +1,9 @@
 """The shipped run of `make look`, how a run is packed into it, and what is shown of a run."""
 
+import html
 import json
 import re
 import shlex
-import shutil
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -63,10 +63,8 @@ def run(tmp_path: Path) -> Path:
         if name != "base":
             policy = {**settings, "judge": f"{name}-{'sft' if name == 'direct' else 'rl'}", "max_tokens": 32}
             annotate.write_json(folder / "policy.json", {**policy, "temperature": 0.7})
-            for step in (2, 4):
-                write_adapter(folder / f"checkpoints/step-{step:06d}")
+            write_adapter(folder / "checkpoints/step-000004")
             who = f"{name}:4:{evaluate.fingerprint({'adapter': folder / 'checkpoints/step-000004'})}"
-            shutil.rmtree(folder / "checkpoints/step-000002")
             metrics = [{"step": n, "reward": 5.0 + n, "invalid": 0.1 * n} for n in range(4)]
             metrics = [{**row, "length": 9.0, "truncated": 0.0} for row in metrics]
             annotate.write_jsonl(folder / "metrics.jsonl", metrics)
@@ -86,6 +84,7 @@ def run(tmp_path: Path) -> Path:
         judge = next(judge for judge in judges if judge.startswith(name))
         annotate.write_jsonl(run / "evaluation/scores" / evaluate.file_of(judge, judges), scores)
     stage(evaluate, f"gold --run {run}")
+    write_adapter(run / "policies/direct/checkpoints/step-000002")
     gaps = annotate.read_jsonl(run / "evaluation/scored.jsonl")
     annotate.write_jsonl(run / "attacks/gaps.jsonl", gaps)
     return run
@@ -175,7 +174,7 @@ def test_the_page_shows_them_and_every_picture(run: Path) -> None:
     assert (
         page.count("<img") == 3
         and "<img src=x" not in page
-        and "&lt;img src=x" in page
+        and html.escape(" ".join(HOSTILE.split())) in page
         and "4.0 → 4.0" in page
         and "61.25" in page
     )
