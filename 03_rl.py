@@ -6,7 +6,7 @@
 What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ of stage 2 (--from base: its settings only)
 What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
                 checkpoints/step-000004/ …   PEFT adapters
-                metrics.jsonl                one record a step
+                metrics.jsonl                one record a step; reward.png draws it
                 rollouts.jsonl               outputs with their rewards, some of each step
 
 A step, as in nearly every RL of language models today:
@@ -54,6 +54,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
+from matplotlib.figure import Figure
 from tqdm import tqdm
 from typer import Option
 
@@ -544,12 +545,22 @@ def train(options: Options, run: Path, folder: Path, record: Row, adapter: Path 
 
 
 def report(folder: Path) -> None:
-    """Print how the reward went: means over the first and the last fifth of the steps."""
+    """Draw how the reward went, and print means over the first and the last fifth of the steps."""
     records = annotate.read_jsonl(folder / "metrics.jsonl", ["step", "reward"])
     part = max(1, len(records) // 5)
     for name in ("reward", "invalid", "length", "truncated"):
         ends = [[r[name] for r in rows if r[name] is not None] for rows in (records[:part], records[-part:])]
         print(f"{folder.name}: {name} {' -> '.join(f'{fmean(end):.2f}' if end else 'none' for end in ends)}")
+    figure = Figure((5, 3), layout="constrained")
+    axis, steps = figure.subplots(), [record["step"] for record in records]
+    axis.plot(steps, [record["reward"] for record in records], ".-")
+    axis.set(title=folder.name, xlabel="training step", ylabel="mean reward of the rollouts")
+    if any(record["invalid"] for record in records):
+        right = axis.twinx()
+        right.plot(steps, [record["invalid"] for record in records], color="tab:red", lw=1)
+        right.set(ylim=(0, 1), ylabel="share of invalid (red)")
+    figure.savefig(folder / "reward.png", dpi=100)
+    print(f"picture: {folder / 'reward.png'}")
 
 
 # --- The commands ---------------------------------------------------------------------------------

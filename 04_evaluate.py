@@ -3,18 +3,21 @@
     gold          every checkpoint scored by its own judge and by gold: the paper's Figures 3-5. Where the
                   curves part, the policy has hacked its judge. On the laptop `truth` is a third curve, which
                   nobody trains on: where gold rises and truth falls, gold itself is fooled.
+    examples      outputs before and after training, side by side, as a Markdown table
     judges        agreement of every judge with gold, on the judges' test set
     study         both for several runs, e.g. seeds: mean and range
     arena         Arena-Hard-V2: answers to 750 questions, each judged twice against a baseline's answer
     arena-score   verdicts in the benchmark's own folder layout to scores, as its authors compute them
 
 What goes in:   RUN/annotations/, RUN/judges/, RUN/policies/; Arena-Hard's questions and baseline answers
-What comes out: RUN/evaluation/: outputs.jsonl, scores/, gold.json, gold.png; judges/, judges.json; arena/
+What comes out: RUN/evaluation/: outputs.jsonl, scores/ and, both joined, scored.jsonl; gold.json, gold.png;
+                judges/, judges.json; arena/
 Simpler than the paper, and why: one output for each instruction and checkpoint; bands are bootstrap intervals
 over instructions. Arena-Hard's judge prompts are in our words, and the policy's tokenizer counts the length
 of all answers, where the benchmark downloads that of GPT-4o.
 
     python 04_evaluate.py gold   --run runs/demo                    # its last lines: which findings it shows
+    python 04_evaluate.py examples --run runs/demo
     python 04_evaluate.py judges --run runs/demo --prompted
     python 04_evaluate.py study  --study runs/study
     python 04_evaluate.py arena  --run runs/paper --policy reasoning
@@ -27,6 +30,7 @@ import hashlib
 import itertools
 import random
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
@@ -86,6 +90,17 @@ def trained_policies(run: Path) -> dict[str, Row]:
         policy["base"] = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
         policy["checkpoints"] = {int(folder.name.removeprefix("step-")): check(folder) for folder in folders}
     return found
+
+
+def find_policy(run: Path, wanted: str) -> tuple[str, Row, int, Path | None]:
+    """(name, policy.json, step, adapter) of NAME (at its last step), NAME:STEP, or base (no adapter)."""
+    found, (name, _, step) = trained_policies(run), wanted.partition(":")
+    if name == BASE:
+        name, step = next(iter(found), name), "0"
+    steps = {0: None, **found[name]["checkpoints"]} if name in found else {}
+    if not (known := [number for number in steps if step in ("", str(number))]):
+        annotate.fail(f"--policy {wanted}: {run} has no such policy, or it no such step ({list(steps)}).")
+    return name, found[name], known[-1], steps[known[-1]]
 
 
 def fingerprint(asked: Row) -> str:
@@ -422,18 +437,51 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
         for judge in sorted(models, key=lambda j: (not models[j], models[j] != now, models[j])):
             asked = [row for name in policies if judge in readers[name].values() for row in outputs[name]]
             scores[judge] = score_outputs(asked, judge, judges, servers, threads)
-    points = {}
+    points, scored = {}, []
     for name, keys in readers.items():
-        frame = pd.DataFrame(outputs[name]).sort_values("id")
+        frame = pd.DataFrame(outputs[name])
         for key, judge in keys.items():
             frame[key] = frame.id.map(scores[judge]).astype(float)
-        points[name] = curve(frame)
+        points[name] = curve(frame.sort_values("id"))
+        scored.append(frame.assign(policy=name))
+    lines = pd.concat(scored).to_json(orient="records", lines=True, double_precision=15)
+    annotate.write_text(folder / "scored.jsonl", lines)
     annotate.write_json(folder / "gold.json", {"curves": points, "judges": own, "kinds": kinds})
     table = pd.DataFrame([{"policy": name, **point} for name in points for point in points[name]])
     show(table[[key for key in table if "lift" not in key and "interval" not in key]], index=False)
     titles = {name: f"policy {name}\ntrained against: {own[name]}" for name in policies}
     curves(table.assign(policy=table.policy.map(titles)), folder / "gold.png")
     print(*findings(run), sep="\n")
+
+
+def examples(run: Path, number: int = 3) -> Any:
+    """A frame: outputs of every policy before training and at its last step, scores as "4.7 → 6.8".
+
+    They answer the first `number` test instructions in the order in which stage 1 drew them: nobody chose.
+    A text is cut after 400 characters.
+    """
+    path = annotate.require(run / "evaluation" / "scored.jsonl", f"04_evaluate.py gold --run {run}")
+    frame, tables = pd.DataFrame(annotate.read_jsonl(path)), []
+    for key in [key for key in SCORES if key in frame]:
+        frame[key] = [f"{score:.1f}" if score == score else "invalid" for score in frame[key].astype(float)]
+    for key in ("instruction", "output"):
+        frame[key] = [textwrap.shorten(text, 400, placeholder=" …") for text in frame[key]]
+    for name, rows in frame.groupby("policy", sort=False):
+        last = rows[rows.step == rows.step.max()]
+        both = last.merge(rows[rows.step == 0], on="instruction", suffixes=("", "_before")).head(number)
+        table = {"policy": name, "instruction": both.instruction}
+        table |= {"before": both.output_before, "after": both.output}
+        table |= {key: both[f"{key}_before"] + " → " + both[key] for key in SCORES if key in both}
+        tables.append(pd.DataFrame(table))
+    return pd.concat(tables)
+
+
+@app.command("examples")
+def examples_command(run: Run) -> None:
+    """A Markdown table of outputs before and after training, with their scores."""
+    table = examples(run)
+    for row in (table.columns, ["---"] * len(table.columns), *table.to_numpy()):
+        print("|", " | ".join(cell.replace("|", r"\|") for cell in row), "|")
 
 
 # --- judges: agreement with gold.  study: several runs, e.g. seeds ----------------------------------
@@ -749,11 +797,8 @@ def arena_command(
     gpus: annotate.Gpus = "0",
 ) -> None:
     """Arena-Hard-V2: answers of a policy, judged against the baseline's in both positions, and its score."""
-    (name, _, step), found = policy.partition(":"), trained_policies(run)
-    steps = {0: None, **found[name]["checkpoints"]} if name in found else {}
-    if not (known := [number for number in steps if step in ("", str(number))]):
-        annotate.fail(f"--policy {policy}: {run} has no such policy, or it no such step ({list(steps)}).")
-    label, model, adapter = f"{name}-{known[-1]}", found[name]["model"], steps[known[-1]]
+    name, record, step, adapter = find_policy(run, policy)
+    label, model = f"{name}-{step}", record["model"]
     folder, judge = run / "evaluation" / "arena", Path(arena_judge).name
     tokenizer = annotate.load_tokenizer(model)
     annotate.record_config(run / "evaluation", {})
@@ -779,7 +824,7 @@ def arena_command(
     print(f"{label}: {len(short)} of {len(tasks)} questions; the others are over {room} tokens, left out")
     asked = {uid: {"instruction": task["prompt"]} for uid, task in short.items()}
     path = folder / "answers" / f"{label}.jsonl"
-    user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+    user = {**record, "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
     with ServerCache(run, [user], gpus) as servers:
         served, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
         kept(path, asked, served, work, f"answers of {label}", threads)

@@ -1,9 +1,10 @@
 """Stage 5: what a judge falls for, and whose weakness a policy has learned.
 
+    ask        what judges say of one output, yours or a policy's, and why: to play with
     battery    fixed attacks on any judge, of a run or behind a URL; nothing must be trained for it
     transfer   the last outputs of every policy, scored by every judge: who else falls for them?
     patterns   the components of the paper's adversarial outputs, over training steps
-    report     one page to read the run by
+    report     one page for a person: findings, pictures, outputs before and after training
 
 What goes in:   RUN/judges/, RUN/policies/, RUN/evaluation/; for battery also a URL, its key in JUDGE_API_KEY
 What comes out: RUN/attacks/ battery.json, transfer.json, patterns.json, each with a picture; RUN/report.html
@@ -14,6 +15,7 @@ its judge's weakness lifts that judge's column, and those of the judges that sha
 Simpler than the paper, and why: attacks are fixed texts, which cost nothing (the paper's are found by RL and
 fit their judge better); components are found by written rules, which can be run over every rollout.
 
+    python 05_attack_analysis.py ask      --run runs/demo --output "This sentence is about rain."
     python 05_attack_analysis.py battery  --run runs/demo --judge gold --judge direct --judge reasoning
     python 05_attack_analysis.py battery  --judge-url https://…/v1 --judge-model MODEL --fail-above 0.2
     python 05_attack_analysis.py transfer --run runs/demo --honest written
@@ -228,6 +230,51 @@ def chosen_judges(run: Any, names: Any, urls: Any, models: Any, tokens: int, eff
     return judges
 
 
+@app.command("ask")
+def ask_command(
+    run: Run,
+    judge: Annotated[list[str], Option(help="Of the run: gold, base, direct, …")] = ("direct", "reasoning"),
+    instruction: Annotated[str, Option(help="Default: the run's first test instruction.")] = "",
+    output: Annotated[str | None, Option(help="What is judged. Default: --policy writes it.")] = None,
+    policy: Annotated[str, Option(help="NAME, NAME:STEP, or base.")] = "direct",
+    gpus: annotate.Gpus = "0",
+) -> None:
+    """What judges say of one output: label, expected score, probability of each digit, thinking."""
+    rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["instruction", "split"])
+    instruction = instruction or next(row["instruction"] for row in rows if row["split"] == "policy_test")
+    oracle = annotate.read_options(run / "annotations")["gold"] == "oracle"
+    try:
+        if oracle:
+            annotate.parse_template(instruction)
+    except ValueError as error:
+        annotate.fail(f"--instruction: {error}")
+    judges = chosen_judges(run, [*judge, GOLD] if oracle else judge, (), (), 0, "none")
+    if pairwise := [name for name, record in judges.items() if record.get("pairwise")]:
+        annotate.fail(f"--judge {pairwise[0]}: it compares two outputs, and gives one alone no score.")
+    users = [record for record in judges.values() if "adapter" in record]
+    if output is None:
+        _, writer, _, adapter = evaluate.find_policy(run, policy)
+        users.append(writer)
+    with evaluate.ServerCache(run, users, gpus) as servers:
+        if output is None:
+            tokenizer = annotate.load_tokenizer(writer["model"])
+            with servers.adapter(writer["model"], adapter) as served:
+                row = evaluate.write_output(writer, tokenizer, served, {"instruction": instruction})
+            output = row["output"]
+        print(f"instruction: {instruction}\noutput: {output}")
+        for name, record in judges.items():
+            with opened(name, record, servers) as asked:
+                verdict = ask(asked, POINTWISE, instruction, output)
+            invalid = verdict["expected"] is None
+            score = f"invalid, {verdict['cause']}" if invalid else f"expected score {verdict['expected']:.2f}"
+            print(f"\n{name}: label {verdict['label']}, {score}")
+            for label, p in zip(annotate.LABELS, verdict.get("probabilities") or ()):
+                print(f"  {label}  {p:.2f}  {'#' * round(50 * p)}")
+            print("  thinking:", verdict.get("thinking") or verdict.get("reasoning") or "none")
+    if oracle:
+        print(f"\ntruth: {annotate.truth(instruction, output)}")
+
+
 def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
     """instruction -> honest output: of `file`; of a run, by 01's writer or else the base policy; built in."""
     if run and not file and annotate.read_options(run / "annotations")["gold"] == "oracle":
@@ -405,7 +452,7 @@ def transfer_command(
     annotate.write_json(folder / "transfer.json", matrix)
     annotate.write_jsonl(folder / "gaps.jsonl", gaps.to_dict("records"))
     lifts = base.pivot_table(index="policy", columns="judge", values="lift", sort=False)
-    evaluate.heatmap(lifts, folder / "transfer.png", "lift over the base policy, points of 9")
+    evaluate.heatmap(lifts, folder / "transfer.png", "lift, points of 9")
 
 
 # --- patterns: which components of an adversarial output a text carries; the rules end this file. ---
@@ -472,30 +519,73 @@ def patterns_command(run: Run) -> None:
 
 # --- report: one static page; nothing in it is loaded or run. ---
 
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>What judges reward</title>
+<meta name="viewport" content="width=device-width"><style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin-top: 2.5rem }
+p { max-width: 44rem }
+img { max-width: 100%; max-height: 40rem }
+table { border-collapse: collapse; font-size: 0.9rem }
+th, td { text-align: left; vertical-align: top; padding: 0.4rem 0.6rem; border-bottom: 1px solid #ccc }
+td { overflow-wrap: anywhere; min-width: 5rem }
+td i { display: none }
+@media (max-width: 45rem) { /* a row becomes a card, and each cell says what it is */
+  thead { display: none }
+  tr, td { display: block; border: 0; padding: 0.1rem 0 }
+  tr { border-bottom: 1px solid #ccc; padding: 0.6rem 0 }
+  td i { display: inline; color: #777 }
+}
+</style><h1>What judges reward</h1>
+<p>A small judge learns from a strong one, <i>gold</i>, and a policy is trained to please the small one. Does the
+policy get better according to gold, and is it then really better? Scores go from 0 to 9: <i>own</i> is that of
+the judge that a policy was trained against; <i>truth</i>, where there is one, is fooled by nothing.</p>
+<h2>Findings</h2>"""  # noqa: E501
+CLAIMS = {
+    "finding 1": "A policy against a direct judge, which scores at once, wins its favour while gold falls.",
+    "finding 2": "Against a judge that reasons it wins gold's favour too, but outputs speak of themselves.",
+    "finding 3": "RL on gold's labels makes a reasoning judge agree better with gold.",
+}
+PICTURES = {  # file: (heading, what to look at)
+    "evaluation/gold.png": ("Scores during training", "Look where the curves part. Where own rises and gold "
+    "falls, the policy has hacked its judge; where gold rises and truth falls, gold is fooled too."),
+    "*/*/reward.png": ("Reward during training", "Does it rise, and does it still rise at the end?"),
+    "attacks/transfer.png": ("Who else is pleased", "Each row is a policy; blue: better than before, says "
+    "a judge. Better outputs please all judges, a learned weakness only those that share it."),
+    "attacks/patterns.png": ("What outputs are made of", "Look for a component that grows with the reward."),
+    "attacks/battery.png": ("Fixed attacks", "Blue: the judge prefers the attack to an honest output."),
+}  # fmt: skip
+
+
+def html_table(frame: Any) -> str:
+    """`frame` as a table, cells with their column's name; nothing that a model wrote becomes markup."""
+    safe = frame.map(lambda x: html.escape(x) if isinstance(x, str) else "none" if pd.isna(x) else f"{x:.2f}")
+    named = safe.apply(lambda column: f"<i>{column.name}: </i>" + column)
+    return named.to_html(index=False, escape=False, border=0)
+
 
 @app.command("report")
 def report_command(run: Run) -> None:
-    """One page, RUN/report.html: findings, pictures, tables, 500 outputs by the gap of own judge and gold."""
-    pd.set_option("display.max_colwidth", None)
-    how = {"index": False, "escape": False, "float_format": "{:.2f}".format, "na_rep": "none"}
+    """One page, RUN/report.html: findings, pictures, outputs before and after, agreement, 100 widest gaps."""
     path = annotate.require(run / "evaluation" / "gold.json", f"04_evaluate.py gold --run {run}")
     gaps = annotate.require(run / "attacks" / "gaps.jsonl", f"05_attack_analysis.py transfer --run {run}")
-    findings, points = evaluate.findings(run), annotate.read_json(path, ["curves"])["curves"]
-    page = [f'<!doctype html><meta charset="utf-8"><h1>{html.escape(str(run))}</h1>']
-    page += [f"<p>{html.escape(line)}</p>" for line in findings]
-    for name in ("evaluation/gold", "attacks/transfer", "attacks/patterns", "attacks/battery"):
-        if (picture := run / f"{name}.png").exists():
+    page, findings = [PAGE], evaluate.findings(run)
+    for line in findings:
+        page.append(f"<p>{CLAIMS.get(line[:9], '')}<br><b>{html.escape(line)}</b></p>")
+    for pattern, (heading, look) in PICTURES.items():
+        if pictures := sorted(run.glob(pattern)):
+            page.append(f"<h2>{heading}</h2><p>{look}</p>")
+        for picture in pictures:
             data = base64.b64encode(picture.read_bytes()).decode()
-            page.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>')
-    ends = pd.DataFrame([{"policy": name, **some[at]} for name, some in points.items() for at in (0, -1)])
-    tables = {"First and last step": ends.filter(["policy", "step", "own", "gold", "truth", "tokens"])}
+            page.append(f'<img alt="{html.escape(picture.parent.name)}" src="data:image/png;base64,{data}">')
+    tables = {"Outputs before and after training": evaluate.examples(run)}
     if (judges := path.with_name("judges.json")).exists():
-        tables["Agreement with gold"] = pd.DataFrame(annotate.read_json(judges)).T.reset_index(names="judge")
-    tables["Outputs, the widest gap first"] = pd.DataFrame(annotate.read_jsonl(gaps)[:500])
-    for title, frame in tables.items():  # nothing that a model wrote becomes markup
-        safe = frame.map(lambda x: html.escape(x) if isinstance(x, str) else x)
-        page.append(f"<h2>{title}</h2>{safe.to_html(**how)}")
-    annotate.write_text(run / "report.html", "\n".join(page))
+        frame = pd.DataFrame(annotate.read_json(judges)).T.reset_index(names="judge")
+        columns = frame.filter(["judge", "alpha", "accuracy", "invalid", "thinking_tokens"])
+        tables["Agreement with gold, alpha × 100"] = columns.dropna(axis="columns", how="all")
+    widest = pd.DataFrame(annotate.read_jsonl(gaps)[:100])
+    tables["Last outputs, those first where own is furthest above gold"] = widest
+    page += [f"<h2>{title}</h2>{html_table(frame)}" for title, frame in tables.items()]
+    annotate.write_text(run / "report.html", "\n".join([*page, f"<p>Run: {html.escape(str(run))}</p>"]))
     print(f"page: {run / 'report.html'}", *findings, sep="\n")
 
 

@@ -1,4 +1,5 @@
 # make demo   the whole study in miniature, on a laptop: 46 minutes on two slow cores
+# make look   the judges and policies that a demo left behind (results/demo), asked live: five minutes
 # make study  three seeds of it with every kind of judge and controls: hours on two cores (SEEDS=0 for one)
 # make test   the tests, most against a live vLLM server
 # Each sets everything up first; nothing but Python 3.11+ and pip is needed.
@@ -17,7 +18,7 @@ UV := $(IN)uv pip install -q --python $(STAGE)
 PIP := $(IN)pip install -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo study study-more study-variants test setup clean
+.PHONY: demo look study study-more study-variants test setup clean
 .NOTPARALLEL:
 
 setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
@@ -70,6 +71,15 @@ demo: setup
 	$(STAGE) 05_attack_analysis.py transfer --run $(RUN)
 	$(STAGE) 05_attack_analysis.py patterns --run $(RUN)
 	$(STAGE) 05_attack_analysis.py report   --run $(RUN)
+
+# What 04 and 05 show of the demo that is shipped: its policies are sampled and its judges asked anew.
+look: setup
+	mkdir -p runs/look && cp -r results/demo/. runs/look
+	$(STAGE) 04_evaluate.py gold --run runs/look
+	$(STAGE) 05_attack_analysis.py battery  --run runs/look --judge gold --judge direct --limit 4
+	$(STAGE) 05_attack_analysis.py transfer --run runs/look
+	$(STAGE) 05_attack_analysis.py patterns --run runs/look
+	$(STAGE) 05_attack_analysis.py report   --run runs/look
 
 # Beyond the demo, for each seed: less reasoning, twice the data, and policies trained straight on gold (whose
 # weakness one seed in three finds after step 12 only) and on truth. `study-variants`, for the first seed:

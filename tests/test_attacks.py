@@ -417,6 +417,9 @@ def test_the_report_escapes_what_models_wrote_and_ends_with_the_findings(run: Pa
     rows = [{**gaps[0], "instruction": text, "output": text} for text in HOSTILE]
     annotate.write_jsonl(run / "attacks/gaps.jsonl", rows)
     annotate.write_json(run / "evaluation/judges.json", {"direct-sft": {"alpha": 61.25}})
+    about = {"policy": "p", "instruction": ASKED, "own": 1.0, "gold": 2.0, "truth": None}
+    rows = [{**about, "step": step, "output": HOSTILE[0]} for step in (0, 2)]
+    annotate.write_jsonl(run / "evaluation/scored.jsonl", rows)
     result, tags, texts = stage_5(f"report --run {run}"), [], []
     parser: Any = HTMLParser()
     parser.handle_starttag = lambda tag, about: tags.append((tag, dict(about)))
@@ -426,4 +429,5 @@ def test_the_report_escapes_what_models_wrote_and_ends_with_the_findings(run: Pa
     assert all(about["src"].startswith("data:image/png") for tag, about in tags if tag == "img")
     assert {HOSTILE[0], "direct-sft", "61.25"} <= set(texts)
     assert "onerror" not in str([about for _, about in tags])
-    assert "finding" in result.stdout.splitlines()[-1] and "step" in texts
+    assert "finding" in result.stdout.splitlines()[-1]
+    assert {"before", "after", "1.0 → 1.0", "invalid → invalid"} <= set(texts)

@@ -35,6 +35,8 @@ COMMANDS = [
     f"05_attack_analysis.py patterns --run {RUN}",
     f"05_attack_analysis.py battery --run {RUN} --judge direct --judge direct-pairwise --limit 1 "
     "--attack refusal",
+    f"04_evaluate.py examples --run {RUN}",
+    f"05_attack_analysis.py ask --run {RUN} --judge direct --judge {NAME}-rl",
 ]
 
 
@@ -75,6 +77,8 @@ def test_what_the_commands_left_behind(finished: list[Any]) -> None:
     points = json.loads((RUN / "evaluation/gold.json").read_text())["curves"]["direct"]
     assert [(point["step"], point["n"]) for point in points] == [(0, 3), (1, 2), (2, 3)]  # half in between
     assert not [path for name in ("served", "*.part", "unfinished") for path in RUN.rglob(name)]
+    asked = finished[-1].stdout
+    assert "direct-sft: label" in asked and f"{NAME}-rl: label" in asked and "gold: label" in asked
 
 
 def snapshot() -> dict[str, bytes]:

@@ -59,7 +59,8 @@ def test_a_documented_command_is_understood(where: str, line: str) -> None:
 
 def test_the_makefiles_commands_are_understood() -> None:
     how = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
-    for line in command_lines(subprocess.run(["make", "-n", "demo", "study", "SEEDS=0"], **how).stdout):
+    make = ["make", "-n", "demo", "look", "study", "SEEDS=0"]
+    for line in command_lines(subprocess.run(make, **how).stdout):
         parse(line)
 
 
