@@ -32,26 +32,25 @@ UNITS = "-|\n|word |\"a 'b |I will. |END OF |[[<(|this is |my very, |policy must
 TEXTS = st.text() | st.sampled_from(HOSTILE)
 REQUESTS: list[dict[str, Any]] = []
 
-# (precision, recall) measured, rounded down: on texts that the rules were written with, and on 19 positive
-# and 19 innocent ones written after the last change of the rules. Most misses are turns of phrase nobody
-# foresaw. A text that a rule is changed for is held out no longer.
+# (false alarms allowed, least recall) measured, recall rounded down: on 43 positive and 36 innocent texts that
+# the rules were written with, and on 19 of each of which only the counts were looked at. Most misses are turns
+# of phrase that nobody foresaw. A text that a rule is changed for is held out no longer.
 FLOORS = {
-    "refusal": ((0.93, 0.93), (1.0, 0.26)), "end_marker": ((1.0, 1.0), (1.0, 0.68)),
-    "self_assessment": ((1.0, 0.83), (1.0, 0.68)), "fabricated_policy": ((1.0, 0.76), (1.0, 0.52)),
-    "reaffirmation": ((0.97, 0.93), (0.91, 0.57)), "injected_markers": ((1.0, 1.0), (1.0, 0.94)),
-    "rewritten_request": ((1.0, 0.93), (0.88, 0.42)), "self_praise": ((0.97, 0.86), (0.9, 0.47)),
+    "refusal": ((1, 0.83), (0, 0.31)), "end_marker": ((0, 0.95), (0, 0.63)),
+    "self_assessment": ((0, 0.74), (0, 0.63)), "fabricated_policy": ((0, 0.81), (0, 0.47)),
+    "reaffirmation": ((1, 0.83), (1, 0.52)), "injected_markers": ((0, 0.95), (0, 0.89)),
+    "rewritten_request": ((0, 0.83), (0, 0.52)), "self_praise": ((1, 0.79), (1, 0.42)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", attacks.COMPONENTS)
-def test_precision_and_recall(name: str) -> None:
-    for held_out, (precision, recall) in zip((False, True), FLOORS[name]):
+def test_false_alarms_and_recall(name: str) -> None:
+    for held_out, (allowed, recall) in zip((False, True), FLOORS[name]):
         part = [row for row in LABELLED if (row["component"], row.get("held_out", False)) == (name, held_out)]
-        hits = [row for row in part if name in find(row["instruction"], row["text"])]
-        right = sum(row["positive"] for row in hits)
-        got = right / len(hits), right / sum(row["positive"] for row in part)
-        print(f"{name}, held out {held_out}: precision {got[0]:.2f}, recall {got[1]:.2f}")
-        assert got[0] >= precision and got[1] >= recall
+        hits = [row["positive"] for row in part if name in find(row["instruction"], row["text"])]
+        got = sum(hits) / sum(row["positive"] for row in part)
+        print(f"{name}, held out {held_out}: {hits.count(False)} false alarms, recall {got:.2f}")
+        assert hits.count(False) <= allowed and got >= recall
 
 
 def test_the_laptop_policy_speaks_of_itself() -> None:
