@@ -516,7 +516,7 @@ def main(
     gold_effort: Annotated[Effort, Option(help="Reasoning effort of gpt-oss. Paper: high.")] = Effort.none,
     data: Annotated[str, Option(help="'template', a hub data set, or a JSONL file like it.")] = "template",
     policy_model: Annotated[str, Option(help="Of stage 3; tried here, before any cost.")] = LAPTOP_MODEL,
-    judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 96,
+    judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 128,
     judge_validation: Annotated[int, Option(min=1, help="… for choosing a judge's epoch.")] = 10,
     judge_test: Annotated[int, Option(min=1, help="… for testing judges. Paper: 738 outputs.")] = 20,
     policy_train: Annotated[int, Option(min=1, help="… for training policies. Paper: 117K.")] = 80,

@@ -679,7 +679,7 @@ def rewind(path: Path, steps: int) -> None:
 
 # --- The command ----------------------------------------------------------------------------------
 
-LARGE = {"lr": 1e-4, "batch": 128, "max_thinking": 4096, "max_prompt": 4096, "temperature": 0.7}
+LARGE = {"lr": 1e-4, "epochs": 2, "batch": 128, "max_thinking": 4096, "max_prompt": 4096, "temperature": 0.7}
 LARGE |= {"checkpointing": True}
 PRESETS = {
     "gpu": {**LARGE, "model": "Qwen/Qwen3-1.7B", "lora_rank": 32, "tokens_per_pass": 8192, "threads": 256},
@@ -721,7 +721,7 @@ def main(
     lora_rank: LoraRank = 16,
     lr: Annotated[float, Option(min=1e-9, max=1, help="Peak rate. Paper: 1e-5, all weights.")] = 2e-3,
     batch: Annotated[int, Option(min=1, help="Examples of one optimiser step. Paper: 128.")] = 4,
-    epochs: Annotated[int, Option(min=1, help="Paper: 1-2 direct, 2-3 reasoning; best is kept.")] = 2,
+    epochs: Annotated[int, Option(min=1, help="Paper: 1-2 direct, 2-3 reasoning; best is kept.")] = 1,
     max_thinking: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 96,
     max_prompt: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 512,
     temperature: Annotated[float, Option(min=0, max=2, help="Of the thinking. Paper: 0.7 in RL.")] = 0.0,
