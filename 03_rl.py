@@ -212,10 +212,14 @@ def collect(endpoint: Any, adapter: str, task: Task, rows: Sequence[Row], option
 
     pool, groups = ThreadPoolExecutor(options["threads"]), ThreadPoolExecutor(max(1, len(rows)))
     try:
-        return list(groups.map(one_group, rows))
+        collected = list(groups.map(one_group, rows))
     finally:  # after an error nobody waits for requests in flight
         groups.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(wait=False, cancel_futures=True)
+    causes = [rollout.notes.get("cause") for group in collected for rollout in group]
+    if causes and all(map(annotate.request_failed, causes)):
+        fail(f"all {len(causes)} judgements of this step failed. {causes[0]}")
+    return collected
 
 
 MEANS = ("clipped_low", "clipped_high", "kl")  # what an update measures as a mean over its tokens
