@@ -226,7 +226,7 @@ def test_each_replica_gets_its_entry_of_the_mask(tmp_path: Path, monkeypatch: An
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_server_leaves_no_temporary_files(tmp_path: Path, monkeypatch: Any, deep: bool) -> None:
-    """Faults F14, F16: a folder of its own, gone with it, where sockets' paths fit; NO_PROXY is the user's."""
+    """Faults F14, F16: a folder of its own, gone with it, where paths of sockets fit; NO_PROXY stays."""
     folder = tmp_path / ("deep" * 20) if deep else Path("/tmp")
     folder.mkdir(exist_ok=True)
     program = tmp_path / "python"
