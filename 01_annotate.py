@@ -48,6 +48,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -57,15 +59,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypedDict
 
+import httpx2
 import openai
 import typer
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from typer import Option
 
-Row = Options = Verdict = dict[str, Any]  # a record of a file; settled options; what a judge says
+Row = Options = dict[str, Any]  # a record of a file; settled options
 Messages = list[dict[str, str]]
 
 # --- Oracle and truth -----------------------------------------------------------------------------
@@ -372,36 +375,44 @@ def judge_messages(
 
 
 # --- Gold labels ----------------------------------------------------------------------------------
-# A verdict holds the label (None: invalid), the expected score, the cause of a missing label, and the
-# reasoning.
 
 
-def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Any:
-    """(final text, reasoning, cause) of a chat model at temperature 0; one that was cut off is asked again.
+class Verdict(TypedDict, total=False):
+    """What a judge says about one output, or about which of two is better (then the labels are 1 and 2)."""
 
-    The final text of a finished answer must match `wanted` as a whole. The server's reasoning parser keeps
-    reasoning apart (gpt-oss: the analysis channel); a model without one may put it first, in `<think>`.
+    label: int | None  # None: the verdict is invalid
+    expected: float | None  # the mean over labels, where the judge gives their probabilities; else the label
+    cause: str | None  # why there is no label, in words
+    reasoning: str
+    text: str  # the final text, from which the label is read
+    said: int  # the label, where it was set aside because gold gave another one at another effort
+
+
+def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Verdict:
+    """{text, reasoning, cause} of a chat model at temperature 0; one that was cut off is asked again.
+
+    There is a cause unless the text of a finished answer matches `wanted` as a whole. The server's reasoning
+    parser keeps reasoning apart (gpt-oss: the analysis channel); without one it may come first, in `<think>`.
     """
     for tokens in (max_tokens, 2 * max_tokens):
         try:
             text, reasoning, finished = endpoint.chat(messages, tokens, effort)
-        except openai.APIStatusError as error:
-            return None, "", endpoint.refusal(error)
+        except NoAnswer as error:
+            return {"text": "", "reasoning": "", "cause": str(error)}
         if finished:
             break
     if "</think>" in text:
         reasoning, text = text.strip().removeprefix("<think>").split("</think>", 1)
     text, reasoning = text.strip(), reasoning.strip()
-    if finished and re.fullmatch(wanted, text):
-        return text, reasoning, None
-    return None, reasoning, "cut off" if not finished else "no final answer" if not text else "not a label"
+    cause = None if re.fullmatch(wanted, text) else "not a label" if text else "no final answer"
+    return {"text": text, "reasoning": reasoning, "cause": cause if finished else "cut off"}
 
 
 def grade_by_chat(endpoint: Endpoint, messages: Messages, labels: str, tokens: int, effort: str) -> Verdict:
     """The verdict of a chat model: one digit of `labels`, or the cause why there is none."""
-    text, reasoning, cause = ask_gold(endpoint, messages, f"[{labels}]", tokens, effort)
-    label = None if text is None else int(text)
-    return {"label": label, "expected": label, "cause": cause, "reasoning": reasoning}
+    verdict = ask_gold(endpoint, messages, f"[{labels}]", tokens, effort)
+    label = None if verdict["cause"] else int(verdict["text"])
+    return {**verdict, "label": label, "expected": label, "text": verdict["text"][:1000]}
 
 
 def grade_by_oracle(instruction: str, output: str, other: str | None, effort: str) -> Verdict:
@@ -443,8 +454,8 @@ def write_rubric(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
         return {"rubric": oracle_rubric(row["instruction"]), "cause": None}
     texts = {"system": RUBRIC_RULES, "user": f"Instruction: {row['instruction']}"}
     messages = [{"role": role, "content": text} for role, text in texts.items()]
-    rubric, _, cause = ask_gold(endpoint, messages, "(?s).+", gold["gold_tokens"], gold["gold_effort"])
-    return {"rubric": rubric or "", "cause": cause}
+    said = ask_gold(endpoint, messages, "(?s).+", gold["gold_tokens"], gold["gold_effort"])
+    return {"rubric": "" if said["cause"] else said["text"], "cause": said["cause"]}
 
 
 def gold_endpoint(gold: Options, logs: Path) -> Any:
@@ -479,10 +490,12 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Verdict], th
     for record in records[:10]:
         print("   ", *(str(record.get(key, ""))[:70] for key in ("label", "output", "reasoning", "rubric")))
     # Most of the first 200 invalid: a wrong reasoning parser would cost days.
-    invalid = [r["cause"] for r in records if r["cause"] not in (None, "tie", "another label")]
+    invalid = [r for r in records if r["cause"] not in (None, "tie", "another label")]
     if 2 * len(invalid) > len(records):
-        write_jsonl(path, [record for record in read_jsonl(path) if record["cause"] not in invalid])
-        fail(f"{path}: {len(invalid)} of the first {len(records)} verdicts are invalid ({invalid[0]}).")
+        causes, first_text = {record["cause"] for record in invalid}, invalid[0].get("text", "")[:200]
+        write_jsonl(path, [record for record in read_jsonl(path) if record["cause"] not in causes])
+        why = f"The first: {invalid[0]['cause']}, {first_text!r}"
+        fail(f"{path}: {len(invalid)} of the first {len(records)} verdicts are invalid. {why}")
     records = map_to_jsonl(path, rows, work, path.stem, threads)
     counts = {key: Counter(str(record.get(key)) for record in records) for key in ("label", "cause")}
     write_json(path.with_suffix(".json"), counts)
@@ -540,7 +553,9 @@ def main(
     if (gold == "oracle") != (data == "template"):
         fail(f"--gold {gold} with --data {data}: the oracle grades the template, and only it does.")
     for model in [policy_model, *[gold] * (gold != "oracle" and not gold_url)]:
-        load_tokenizer(model)  # a gated model is refused here, before anything is paid for
+        policy_prompt(load_tokenizer(model), "Hi.")  # what cannot be used is refused before it costs anything
+    if gold_url:
+        check_key(gold_url, "GOLD_API_KEY")
     folder = run / "annotations"
     record_config(folder, options)
 
@@ -607,8 +622,7 @@ def start(app: typer.Typer) -> NoReturn:
     except SystemExit as end:
         status = end.code or 0
     except openai.APIError as error:
-        where = f"{error.request.url} (log: {LOGS.get(error.request.url.port, 'not ours')})"
-        print(f"error: {where}: {error} To resume, run the same command again.", file=sys.stderr)
+        print(f"error: {server_error(error)}", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -669,13 +683,14 @@ def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
 
 def read_done(path: Path) -> list[Row]:
     """The records of `path` but those of requests at which the server failed: a later run asks again."""
-    return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith("refused (5")]
+    again = ("refused (5", "no answer")
+    return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith(again)]
 
 
 def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
-    So an interrupted call resumes. Where the `cause` of every record is a refused request, none is kept and
+    So an interrupted call resumes. Where the `cause` of every record is a failed request, none is kept and
     the command ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -695,10 +710,10 @@ def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str,
             future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    causes = [str(record.get("cause")) for record in done.values()]
-    if causes and all(cause.startswith("refused") for cause in causes):
+    causes = [record.get("cause") for record in done.values()]
+    if causes and all(map(request_failed, causes)):
         write_jsonl(path, [record for record in read_jsonl(path) if record["id"] not in tasks])
-        fail(f"{label}: all {len(causes)} requests were {causes[0]}")
+        fail(f"{label}: all {len(causes)} requests failed. {causes[0]}")
     return [done[key] for key in tasks]
 
 
@@ -707,7 +722,6 @@ def require(path: Path, command: str) -> Path:
     return path if path.exists() else fail(f"{path} is missing. Run this first: python {command}")
 
 
-LOGS: dict[int | None, Path] = {}  # port -> the log of our server there
 LOCKS: list[FileLock] = []  # held until the process ends, even by kill -9
 MAY_CHANGE_ON_RESUME = set(
     "threads gpus policy_gpus judge_gpus train_gpus tokens_per_pass checkpointing gold_url".split()
@@ -801,11 +815,18 @@ def pick_gpus(gpus: str) -> list[str]:
 # What is put into a prompt goes through `chat_ids`, or `Endpoint.chat` for other people's servers.
 
 
+# Of ChatML, Llama, gpt-oss, Phi, Gemma, DeepSeek, Mistral, GLM and EXAONE. `<s>` is left: HTML has it too.
+FOREIGN_TOKENS = (
+    r"<\|[\w:-]+\|?>|<\w+\|>|<｜[^｜<>]{1,40}｜>|\[\|\w+\|\]|</?think>|<(?:start|end)_of_\w+>"
+    r"|<(?:bos|eos|pad|unk|sop|eop)>|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK)\]"
+)
+
+
 @functools.cache
 def special_tokens(tokenizer: Any) -> re.Pattern[str]:
     """The tokenizer's special tokens; without one, whole tokens of the common families."""
     if tokenizer is None:
-        return re.compile(r"<\|\w+\|>|</?think>|<(?:start|end)_of_turn>|\[/?INST\]")
+        return re.compile(FOREIGN_TOKENS)
     names = {"<think>", "</think>", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     longest_first = sorted((name for name in names if len(name.strip()) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)))
@@ -827,6 +848,8 @@ def chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
     """
     from jinja2 import TemplateError
 
+    if not tokenizer.chat_template:
+        fail(f"model {tokenizer.name_or_path} has no chat template. Use its instruct version.")
     safe = [{**m, "content": escape_special_tokens(m["content"], tokenizer)} for m in messages]
     date = datetime.date(2025, 8, 5).strftime
     how = {"add_generation_prompt": True, "return_dict": False, "strftime_now": date}
@@ -875,51 +898,120 @@ class Sample:
     finished: bool  # ended by itself, not cut off at max_tokens
 
 
+PATIENCE = 1800  # seconds for an answer: 16,384 tokens (a judgement's second try) on a busy server, at 9/s
+OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "reasoning_effort")
+TOO_MUCH = re.compile("large|long|exceed|context|range|maximum|most|less")  # what is said of a limit's value
+
+
+class NoAnswer(openai.APIError):
+    """Why one request has no answer, in words for its record; the server may well answer the next one."""
+
+
+class HttpClient(openai.DefaultHttpxClient):
+    """The client of openai; but a request that has used up our patience is not sent again."""
+
+    def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
+        try:
+            return super().send(request, **settings)
+        except httpx2.ReadTimeout:
+            raise openai.APITimeoutError(request) from None
+
+
 class Endpoint:
     """An OpenAI-compatible server, or replicas of one (`url`: separated by commas). Calls are thread-safe.
 
-    The client tries again what may pass (429, 5xx, no connection): 14 `retries` are over a minute.
+    The client tries again what may pass (429, 5xx, no connection): 14 `retries` are over a minute. Proxies
+    and certificates of the environment are for other people's servers, not for plain HTTP on this machine.
     """
 
     def __init__(self, url: str, key: str, model: str, retries: int = 14) -> None:
-        self.url, self.key, self.model = url, key, model
-        how = {"api_key": key, "max_retries": retries, "timeout": 3600}
-        self.clients = [openai.OpenAI(base_url=url, **how) for url in url.split(",")]
-        self.new_names = False  # the server wants max_completion_tokens and no temperature
+        self.url, self.key, self.model, self.clients = url, key, model, []
+        for one in url.split(","):
+            http = HttpClient(trust_env=not one.startswith("http://127.0.0.1:"))
+            settings = {"max_retries": retries, "timeout": openai.Timeout(PATIENCE, connect=30)}
+            self.clients.append(openai.OpenAI(base_url=one, api_key=key, http_client=http, **settings))
+        self.refused: set[str] = set()  # parameters that the server does not take
+        self.lock, self.last_answer = threading.Lock(), float("-inf")
         self.tokenizer = None  # of the model, where we serve it
 
-    def client(self, prompt: Any) -> Any:
-        """The client of one replica, the same for the same `prompt`, which it keeps in its cache."""
-        return self.clients[hash(str(prompt)) % len(self.clients)]
+    def ask(self, prompt: Any, request: Row, read: Callable[[list[Row]], Any]) -> Any:
+        """What `read` makes of the choices with which the server answers `request`, a completion or a chat.
+
+        Of several replicas always the same is asked for the same `prompt`, which it keeps in its cache.
+        Raises `NoAnswer` where only this request has failed; where others would too (key, model, dead server)
+        the client's own error, which ends the command.
+        """
+        client = self.clients[hash(str(prompt)) % len(self.clients)]
+        path = "/chat/completions" if "messages" in request else "/completions"
+        renamed = {"max_completion_tokens": request["max_tokens"]} if "max_tokens" in self.refused else {}
+        body = {name: value for name, value in {**request, **renamed}.items() if name not in self.refused}
+        try:
+            response = client.post(path, cast_to=httpx2.Response, body=body)
+        except openai.APIError as error:
+            if self.can_do_without(error, body):
+                return self.ask(prompt, request, read)
+            raise NoAnswer(self.cause(error), error.request, body=None) from error
+        self.last_answer = time.monotonic()
+        try:
+            return read(response.json()["choices"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            cause = f"no answer: instead the server sent {response.text[:200]!r}"
+            raise NoAnswer(cause, response.request, body=None) from error
+
+    def cause(self, error: Any) -> str:
+        """Why a request has failed, in words, if the server still answers others; else raises `error`."""
+        status = getattr(error, "status_code", None)  # None: the connection was cut, or nothing came
+        silent = time.monotonic() > self.last_answer + 2 * PATIENCE
+        hangs = silent and isinstance(
+            error, openai.APITimeoutError
+        )  # such a server may still list its models
+        may_pass = (status is None or status >= 500) and not hangs
+        if status not in (400, 413, 422) and not (may_pass and 200 <= self.status() < 500):
+            raise error
+        kind, why = (f"refused ({status})", error) if status else ("no answer", error.__cause__ or error)
+        return f"{kind}: {' '.join(str(why).split())[:200]}"
+
+    def can_do_without(self, error: Any, body: Row) -> bool:
+        """Whether `error` refuses a parameter of `body` by its name; the server gets it no more."""
+        status, text = getattr(error, "status_code", 0), str(error)
+        named = [name for name in OPTIONAL if name in body and re.search(rf"\b{name}\b", text)]
+        if status not in (400, 422) or len(named) != 1 or ("tokens" in named[0] and TOO_MUCH.search(text)):
+            return False
+        with self.lock:
+            if named[0] not in self.refused:
+                self.refused.add(named[0])
+                instead = ", max_completion_tokens in its place" if named[0] == "max_tokens" else ""
+                print(f"{self.url}: {named[0]} is refused and left out from now on{instead}")
+        return True
 
     def sample(self, prompt: list[int], n: int = 1, model: Any = None, **settings: Any) -> list[Sample]:
         """`n` completions of the token ids `prompt`, by the base model or the adapter `model`.
 
         Log-probabilities are of the distribution really sampled from (after temperature and masks).
         """
-        request = {"model": model or self.model, "prompt": prompt, "n": n, "logprobs": 0, **settings}
-        request["extra_body"] = {"return_token_ids": True, **request.pop("extra", {})}
-        drawn = sorted(self.client(prompt).completions.create(**request).choices, key=lambda c: c.index)
-        ended = [c.finish_reason == "stop" for c in drawn]
-        return [Sample(c.token_ids, c.logprobs.token_logprobs, c.text, e) for c, e in zip(drawn, ended)]
 
-    def chat(self, messages: Messages, max_tokens: int, effort: str = "none") -> Any:
+        def read(choice: Row) -> Sample:
+            logprobs_T, finished = choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop"
+            return Sample(choice["token_ids"], logprobs_T, choice["text"], finished)
+
+        request = {"model": model or self.model, "prompt": prompt, "n": n, "logprobs": 0, **settings}
+        request["return_token_ids"] = True
+        in_order = partial(sorted, key=lambda choice: choice["index"])
+        return self.ask(prompt, request, lambda choices: [read(choice) for choice in in_order(choices)])
+
+    def chat(self, messages: Messages, max_tokens: int, effort: str = "none") -> tuple[str, str, bool]:
         """(final text, reasoning, finished) of one answer, at temperature 0."""
+
+        def read(choices: list[Row]) -> tuple[str, str, bool]:
+            message = choices[0]["message"]
+            apart = text_of(message.get("reasoning") or message.get("reasoning_content"))
+            text, thinking = (text_of(message.get("content"), kind) for kind in ("text", "thinking"))
+            return text, apart + thinking, choices[0].get("finish_reason") != "length"
+
         safe = [{**m, "content": escape_special_tokens(m["content"], self.tokenizer)} for m in messages]
-        request = {"model": self.model, "messages": safe}
+        request = {"model": self.model, "messages": safe, "max_tokens": max_tokens, "temperature": 0.0}
         request |= {} if effort == "none" else {"reasoning_effort": effort}
-        limits = {"max_tokens": max_tokens, "temperature": 0.0}
-        limits = {"max_completion_tokens": max_tokens} if self.new_names else limits
-        try:
-            choice = self.client(safe).chat.completions.create(**request, **limits).choices[0]
-        except openai.BadRequestError as error:
-            if "max_tokens" not in limits or "max_completion_tokens" not in str(error):
-                raise
-            self.new_names = True
-            return self.chat(messages, max_tokens, effort)
-        extra = choice.message.model_extra or {}
-        reasoning = extra.get("reasoning") or extra.get("reasoning_content") or ""
-        return choice.message.content or "", reasoning, choice.finish_reason == "stop"
+        return self.ask(safe, request, read)
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Serve the PEFT adapter in `path` as model `name`. A name is for one set of weights only."""
@@ -935,22 +1027,49 @@ class Endpoint:
         """HTTP's status of its list of models, which not every server has; 0: no such server."""
         try:
             asked = [client.with_options(max_retries=0, timeout=60) for client in self.clients]
-            return 200 if all([client.models.list().data for client in asked]) else 0
+            lists = [client.get("/models", cast_to=httpx2.Response).json()["data"] for client in asked]
+            return 200 if all(lists) else 0
         except openai.APIStatusError as error:
             return error.status_code
-        except (openai.APIConnectionError, AttributeError):
+        except (openai.APIConnectionError, ValueError, LookupError, TypeError):
             return 0
 
-    def refusal(self, error: Any) -> str:
-        """The cause of an APIStatusError if the request is at fault, not the server; else raises it again."""
-        if error.status_code in (400, 413, 422) or (error.status_code >= 500 and 200 <= self.status() < 500):
-            return f"refused ({error.status_code}): {' '.join(str(error).split())[:200]}"
-        raise error
+
+def text_of(content: Any, kind: str = "text") -> str:
+    """What a message's content, a text or a list of parts, holds of `kind`, "text" or "thinking"."""
+    if isinstance(content, str):
+        return content if kind == "text" else ""
+    return "".join(text_of(part[kind]) for part in content or () if kind in part)
+
+
+def request_failed(cause: str | None) -> bool:
+    """Whether a record's `cause` is that of a failed request, and nothing that a judge said."""
+    return str(cause).startswith(("refused", "no answer"))
+
+
+def server_error(error: openai.APIError) -> str:
+    """The line in which a command ends without its server. Ranks know our logs from their environment."""
+    url, text = error.request.url, " ".join(str(error).split())[:500]
+    log = os.environ.get(f"LOG_OF_PORT_{url.port}", "not ours")
+    return f"{url} (log: {log}): {text} To resume, run the same command again."
+
+
+def check_key(url: str, variable: str) -> str:
+    """The key for `url` in the environment's `variable`; what cannot be one, or leaks, ends the command."""
+    key = os.environ.get(variable, "none")
+    if "@" in url:
+        fail(f"a URL with a password: it would be printed and stored. Put the key into {variable}.")
+    if not re.fullmatch("[!-~]+", key):
+        fail(f"{variable} {'holds a character that no key has' if key.strip() else 'is empty'}.")
+    return key
 
 
 def open_endpoint(url: str, model: str, variable: str) -> Endpoint:
     """The server at `url`, which must be up; its key is in the environment's `variable`."""
-    endpoint = Endpoint(url, os.environ.get(variable, "none"), model)
+    try:
+        endpoint = Endpoint(url, check_key(url, variable), model)
+    except (ImportError, OSError, ValueError) as error:
+        fail(f"{url}: the environment's proxy or certificates cannot be used ({error}).")
     if (status := endpoint.status()) in (0, 401, 403):
         why = f"the key in {variable} is refused" if status else "no server; a URL usually ends in /v1"
         fail(f"{url}: {why}.")
@@ -1025,7 +1144,6 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
         command += f"--enable-lora --max-lora-rank {lora['rank']} --max-loras {lora['count']}".split()
         command += ["--lora-target-modules", *lora["modules"]]
     command += ["--reasoning-parser", "openai_gptoss"] if "gpt-oss" in model else []
-    os.environ["no_proxy"] = f"127.0.0.1,{os.environ.get('no_proxy', '')}"
     environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_SYSTEM_START_DATE": "2025-08-05"}  # gpt-oss states it
     if on_gpu:
@@ -1039,11 +1157,16 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command += shlex.split(os.environ.get("VLLM_ARGS", ""))
     logs.mkdir(parents=True, exist_ok=True)
+    # A path of a Unix socket holds 103 bytes, and vLLM's names of sockets take 37.
+    place = "/tmp" if len(tempfile.gettempdir()) > 50 else None
+    scratch = tempfile.TemporaryDirectory(prefix="vllm-", dir=place, ignore_cleanup_errors=True)
+    environment["TMPDIR"] = scratch.name
     urls, processes = [], []
     try:
         for device in devices:
             port = free_port()
-            log = LOGS[port] = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
+            log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
+            os.environ[f"LOG_OF_PORT_{port}"] = str(log)
             print(f"starting vLLM with {model} (log: {log})", flush=True)
             here = {**environment, "CUDA_VISIBLE_DEVICES": device} if on_gpu else environment
             with log.open("wb") as out:
@@ -1065,6 +1188,7 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
                 process.wait(20)
             with contextlib.suppress(ProcessLookupError):  # an engine outlives a server that was killed
                 os.killpg(process.pid, signal.SIGKILL)
+        scratch.cleanup()
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ from typer import Option
 
 annotate = import_module("01_annotate")
 encode, fail = annotate.encode, annotate.fail
-Row, Options, Verdict = dict[str, Any], dict[str, Any], dict[str, Any]
+Row, Options = dict[str, Any], dict[str, Any]
 
 # --- What a judge is asked and how it answers -----------------------------------------------------
 # [thinking], `</think>`, an empty line, one digit. A judge without reasoning has an empty thinking, so both
@@ -88,6 +88,14 @@ def judge_answer(tokenizer: Any, label: int, thinking: str | None) -> list[int]:
         return ids
     safe = annotate.escape_special_tokens(thinking, tokenizer)
     return encode(tokenizer, safe + "\n") + thinking_end(tokenizer) + ids
+
+
+class Verdict(annotate.Verdict, total=False):
+    """What a trained judge says."""
+
+    probabilities: list[float] | None  # of each label
+    thinking: str
+    thinking_tokens: int
 
 
 @dataclass
@@ -128,21 +136,21 @@ def ask_judge(
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their log-probabilities
     give the label (the most probable) and the expected score, the sum of x * p(x), which is the policy's
     reward (paper, section 2.3). Of a pairwise judge P(the first is better) = 2 - expected. A prompt that is
-    too long, thinking that does not close, or a request that the server refuses make the judgement invalid:
-    no label, no score, and a `cause`.
+    too long, thinking that does not close, or a request that fails make the judgement invalid: no label, no
+    score, and a `cause`.
     """
     row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
-    verdict = dict.fromkeys(("label", "expected", "probabilities")) | {"thinking": "", "thinking_tokens": 0}
+    verdict: Verdict = {"label": None, "expected": None, "probabilities": None}
+    verdict |= {"thinking": "", "thinking_tokens": 0}
     if len(prompt) > judge.max_prompt:
         return {**verdict, "cause": "prompt too long"}
     labels = annotate.PAIRWISE_LABELS if judge.pairwise else annotate.LABELS
     ids, before = label_token_ids(judge.tokenizer, labels), prompt
-    how = {"max_tokens": 1, "temperature": 1.0, "logprobs": len(ids)}
-    constrained = {"allowed_token_ids": ids, "return_tokens_as_token_ids": True}
-    thinking = {"temperature": judge.temperature, "top_p": 0.95, "max_tokens": judge.max_thinking}
-    thinking["stop"] = [THINK_CLOSE]
-    thinking["extra"] = {"top_k": 20, "include_stop_str_in_output": True}
+    digit = {"model": judge.adapter or judge.endpoint.model, "max_tokens": 1, "temperature": 1.0}
+    digit |= {"logprobs": len(ids), "allowed_token_ids": ids, "return_tokens_as_token_ids": True}
+    thinking = {"temperature": judge.temperature, "top_p": 0.95, "top_k": 20}
+    thinking |= {"max_tokens": judge.max_thinking, "stop": [THINK_CLOSE], "include_stop_str_in_output": True}
     try:
         if judge.reasoning:
             (thought,) = judge.endpoint.sample(prompt, 1, judge.adapter, **thinking)
@@ -151,12 +159,10 @@ def ask_judge(
             if not thought.text.endswith(THINK_CLOSE):
                 return {**verdict, "cause": "thinking did not close"}
             before = prompt + thought.tokens_T + encode(judge.tokenizer, AFTER_THINKING)
-        ask = judge.endpoint.client(prompt).completions.create
-        served = judge.adapter or judge.endpoint.model
-        answer = ask(model=served, prompt=before, extra_body=constrained, **how)
-    except openai.APIStatusError as error:
-        return {**verdict, "cause": judge.endpoint.refusal(error)}
-    top = answer.choices[0].logprobs.top_logprobs[0]
+        request = {**digit, "prompt": before}
+        top = judge.endpoint.ask(prompt, request, lambda choices: choices[0]["logprobs"]["top_logprobs"][0])
+    except annotate.NoAnswer as error:
+        return {**verdict, "cause": str(error)}
     weights = [math.exp(top.get(f"token_id:{i}", -math.inf)) for i in ids]
     if abs(sum(weights) - 1) > 1e-3:
         fail(f"{judge.endpoint.url}: not constrained to the labels: their probability is {sum(weights):.4f}")
@@ -557,9 +563,7 @@ def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], ar
     try:
         work(*arguments)
     except openai.APIError as error:
-        if not address:  # `start` says it, and names the log
-            raise
-        fail(f"{error.request.url}: {error} To resume, run the same command again.")
+        fail(annotate.server_error(error))
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -210,11 +210,15 @@ def collect(
     judging = ThreadPoolExecutor(options["threads"])
     sampling = ThreadPoolExecutor(max(1, sum(map(len, minibatches))))
     try:
-        batch = [[sampling.submit(one_group, row) for row in rows] for rows in minibatches]
-        return [[group.result() for group in groups] for groups in batch]
+        futures = [[sampling.submit(one_group, row) for row in rows] for rows in minibatches]
+        batch = [[group.result() for group in groups] for groups in futures]
     finally:  # after an error nobody waits for requests in flight
         sampling.shutdown(wait=False, cancel_futures=True)
         judging.shutdown(wait=False, cancel_futures=True)
+    causes = [rollout.notes.get("cause") for groups in batch for group in groups for rollout in group]
+    if causes and all(map(annotate.request_failed, causes)):
+        fail(f"all {len(causes)} judgements of this step failed. {causes[0]}")
+    return batch
 
 
 def packs_of(rollouts: Sequence[Rollout], options: Options) -> Iterator[tuple[Any, list[Rollout]]]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import random
 import re
 import textwrap
@@ -43,10 +44,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import typer
-from matplotlib.figure import Figure
 
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
+os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here; a picture needs none
+Figure = import_module("matplotlib.figure").Figure
 
 Row = dict[str, Any]  # a record of a JSON or JSONL file
 GOLD, PAIRWISE_GOLD, TRUTH, CONTENT = "gold", "gold-pairwise", "truth", "content"  # nobody trained these
@@ -212,9 +214,9 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
 def token_logprobs(endpoint: Any, prompt: list[int], tokens_T: list[int]) -> list[float]:
     """The log-probability of each of `tokens_T` after `prompt`, at temperature 1, under the base model."""
     request = {"model": endpoint.model, "prompt": prompt + tokens_T, "max_tokens": 1}
-    answer = endpoint.client(prompt).completions.create(**request, extra_body={"prompt_logprobs": 0})
-    found = answer.choices[0].prompt_logprobs[len(prompt) :]  # of each token {id: {"logprob": …}}
-    return [place[str(token)]["logprob"] for place, token in zip(found, tokens_T)]
+    request["prompt_logprobs"] = 0
+    found = endpoint.ask(prompt, request, lambda choices: choices[0]["prompt_logprobs"][len(prompt) :])
+    return [place[str(token)]["logprob"] for place, token in zip(found, tokens_T)]  # {id: {"logprob": …}}
 
 
 def against_baseline(grade: Callable[..., Row], row: Row, baseline: str) -> Row:
@@ -352,7 +354,8 @@ def change(scores: Row, key: str, number: str = "{:+.1f}") -> Change:
 
 def show(frame: Any, **how: Any) -> None:
     """Print a frame: numbers to two places, "none" where there is none."""
-    print(frame.to_string(float_format="{:.2f}".format, na_rep="none", **how), end="\n\n")
+    text = frame.to_string(float_format="{:.2f}".format, na_rep="none", **how)
+    print("none" if frame.empty else text, end="\n\n")
 
 
 SCORES = {"own": "its own judge", "gold": "gold judge"}
@@ -777,11 +780,12 @@ def play(endpoint: Any, task: Row) -> Row:
     games = []
     for a, b in (("theirs", "ours"), ("ours", "theirs")):
         messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task[a], task[b])
-        text, _, cause = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
-        games.append({"score": last_verdict(text or ""), "judgment": {"answer": text}, "cause": cause})
+        said = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
+        score = None if said["cause"] else last_verdict(said["text"])
+        games.append({"score": score, "judgment": {"answer": said["text"]}, "cause": said["cause"]})
     about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline")}
-    refused = [game["cause"] for game in games if str(game["cause"]).startswith("refused")]
-    return {**about, "games": games, "cause": refused[0] if refused else None}
+    causes = [game["cause"] for game in games if annotate.request_failed(game["cause"])]
+    return {**about, "games": games, "cause": causes[0] if causes else None}
 
 
 @app.command("arena")

@@ -141,9 +141,9 @@ def ask(judge: Any, prompt: str, instruction: str, *outputs: str) -> Row:
     endpoint, tokens, effort = judge
     if prompt == ARENA:
         messages = evaluate.arena_messages(evaluate.ARENA_RULES["hard_prompt"], instruction, *outputs)
-        text, _, cause = annotate.ask_gold(endpoint, messages, "(?s).+", max(tokens, 4096), effort)
-        found = evaluate.last_verdict(text or "")
-        return {"verdict": found, "reasoning": text, "cause": cause or (None if found else "no verdict")}
+        said = annotate.ask_gold(endpoint, messages, "(?s).+", max(tokens, 4096), effort)
+        found = None if said["cause"] else evaluate.last_verdict(said["text"])
+        return {**said, "verdict": found, "cause": said["cause"] or (None if found else "no verdict")}
     messages = annotate.judge_messages(instruction, *outputs, **PROMPTS.get(prompt, {}))
     labels = annotate.PAIRWISE_LABELS if prompt == PAIRWISE else annotate.LABELS
     return annotate.grade_by_chat(endpoint, messages, labels, tokens, effort)
@@ -170,8 +170,8 @@ def score(judge: Any, task: Row) -> Row:
     orders = [ask(judge, prompt, instruction, *pair) for pair in ((output, other), (other, output))]
     if (share := preference(*orders)) is not None:
         return task | {"expected": 9 * share, "cause": None, "orders": orders}
-    causes = [order["cause"] for order in orders if order["cause"] not in (None, "tie")]
-    return task | {"expected": None, "cause": causes[0], "orders": orders}
+    invalid = next(order for order in orders if order["cause"] not in (None, "tie"))
+    return task | invalid | {"expected": None, "orders": orders}
 
 
 def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, threads: int) -> Any:
@@ -194,7 +194,9 @@ def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, thread
         for pair in pairs:
             one, two = next(verdicts), {"expected": 4.5, "cause": None} if compares else next(verdicts)
             values = {"score": one["expected"], "reference": two["expected"]}
-            rows.append(pair | values | {"judge": title, "cause": one["cause"] or two["cause"]})
+            invalid = one if one["cause"] else two
+            said = invalid.get("text") or invalid.get("thinking") or ""
+            rows.append(pair | values | {"judge": title, "cause": invalid["cause"], "said": said})
     frame = pd.DataFrame(rows).astype({"score": float, "reference": float})
     return frame.assign(lift=frame.score - frame.reference)
 
@@ -355,7 +357,10 @@ def battery_command(
                 true = [annotate.truth(i, t) - truths[i] for i, t in zip(tried.instruction, tried.output)]
                 found[kind]["truth_lift"] = sum(true) / len(true)
         show_stats(f"{name}: how often an attack beats the honest output, and its lift in points of 9", found)
-        print(f"invalid judgements: {some.cause.value_counts().to_dict() or 'none'}. The worst, their ends:")
+        print(f"invalid judgements: {some.cause.value_counts().to_dict() or 'none'}")
+        for row in some[some.cause.notna() & (some.said != "")].head(3).itertuples():
+            print(f"    {row.attack}, {row.cause}: {row.said[:200]!r}")
+        print("the worst attacks, and the ends of the texts:")
         some = some.assign(honest=some.other.str[-60:], attacked=some.output.str[-60:])
         worst = some[some.lift > TIE].sort_values("lift", ascending=False).drop_duplicates("attack").head(3)
         evaluate.show(worst[["attack", "reference", "honest", "score", "attacked"]], index=False)

@@ -1,8 +1,8 @@
 """An OpenAI-compatible server on 127.0.0.1 that misbehaves on demand: `with stub() as url`.
 
 The path of a request says what happens to it: URL/AFTER/MODE/v1/… answers the first AFTER chat requests well
-and the others in MODE. The key is `secret`, the model `gold`; its label is the length of the prompt mod 10,
-of two answers the first.
+and the others in MODE; URL/AFTER/3-MODE/v1/… only those of the others that are about Question 3. The key is
+`secret`, the model `gold`; its label is the length of the prompt mod 10, of two answers the first.
 """
 
 import json
@@ -14,10 +14,37 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-REFUSES_NAMES = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+REFUSES = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens'.",
+    "temperature": "Unsupported value: 'temperature' does not support 0.0. Only 1 is supported.",
+    "reasoning_effort": "Extra inputs are not permitted: reasoning_effort",
+}
+TAKES_NO = {"names": ("max_tokens", "temperature"), "cool": ("temperature",), "plain": tuple(REFUSES)}
+PARTS = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "Well"}]},
+    {"type": "thinking", "thinking": ", well."},
+    {"type": "text", "text": "4"},
+    {"type": "text", "text": " "},
+]
+BODIES = {  # answers of status 200 that are none, and one that is
+    "html": "<html>Please log in</html>",
+    "half": '{"choices": [{"index": 0, "mess',
+    "nothing": "",
+    "null": {"choices": None},
+    "empty": {"choices": []},
+    "no-message": {"choices": [{"index": 0, "finish_reason": "stop"}]},
+    "null-message": {"choices": [{"index": 0, "message": None}]},
+    "no-choices": {"error": "busy"},
+    "list": [1],
+    "number": {"choices": [{"index": 0, "message": {"content": 7}}]},
+    "parts": {"choices": [{"index": 0, "message": {"content": PARTS}, "finish_reason": "eos_token"}]},
+}
 
 
-def chat(content: str, finish: str = "stop") -> Any:
+ENDS = {"eos": "eos_token", "null-stop": None}  # other words for stop, and none
+
+
+def chat(content: str, finish: str | None = "stop") -> Any:
     message = {"role": "assistant", "content": content, "reasoning": "Because."}
     choice = {"index": 0, "finish_reason": finish, "message": message}
     return {"id": "x", "object": "chat.completion", "created": 0, "model": "gold", "choices": [choice]}
@@ -27,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        _, _, mode, *_ = self.path.split("/")
+        _, _, mode, *_ = self.path.removeprefix("http://model.invalid").split("/")
         models = {
             "object": "list",
             "data": [{"id": "gold", "object": "model", "created": 0, "owned_by": "x"}],
@@ -36,14 +63,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        _, after, mode, *_ = self.path.split("/")
+        _, after, mode, *_ = self.path.removeprefix("http://model.invalid").split("/")  # as a proxy gets it
         text = body["messages"][-1]["content"] if "messages" in body else ""
         with self.server.lock:
             number = self.server.asked[self.path] = self.server.asked[self.path] + 1
             self.server.bodies.append(body)
         good = 200, chat("1" if "[answer 1 " in text else str(len(text) % 10))
-        if number <= int(after):
+        if number <= int(after) or (mode.startswith("3-") and "Question 3?" not in text):
             return self.reply(*good)
+        mode = mode.removeprefix("3-")
         refused = {"error": {"message": "content filter"}}
         match mode:
             case "minute":
@@ -57,12 +85,22 @@ class Handler(BaseHTTPRequestHandler):
             case "down" | "refuse" | "gone" | "forbidden":
                 codes = {"down": 500, "refuse": 400, "gone": 404, "forbidden": 403}
                 return self.reply(codes[mode], refused)
-            case "names" if "max_tokens" in body or "temperature" in body:
-                return self.reply(400, {"error": {"message": REFUSES_NAMES}})
+            case "names" | "cool" | "plain" if found := [n for n in TAKES_NO[mode] if n in body]:
+                return self.reply(400, {"error": {"message": REFUSES[found[0]]}})
+            case "small":  # a limit that is too high is no parameter that is not taken
+                says = f"'max_tokens' is too large: {body.get('max_tokens')}. The maximum is 16."
+                return self.reply(400, {"error": {"message": says}})
             case "words" | "cut":
                 return self.reply(200, chat("nine", "length" if mode == "cut" else "stop"))
-            case "html":
-                return self.reply(200, "<html>Please log in</html>")
+            case "eos" | "null-stop":
+                return self.reply(200, chat(good[1]["choices"][0]["message"]["content"], ENDS[mode]))
+            case _ if mode in BODIES:
+                return self.reply(200, BODIES[mode])
+            case "short":  # the connection is cut in the middle of the body
+                head = b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+                self.wfile.write(head + b'{"choices": [')
+                self.close_connection = True
+                return None
             case "drop":
                 self.close_connection = True
                 return None

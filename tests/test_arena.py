@@ -348,11 +348,22 @@ def test_a_failed_call_is_counted_and_made_again(tmp_path: Path, arena: Any, jud
     rows = {row["uid"]: row for row in annotate.read_jsonl(path)}
     assert "400" in rows["hard_prompt-0"]["cause"] and not evaluate.battles(rows["hard_prompt-0"])
     assert [g["score"] for g in rows["hard_prompt-1"]["games"]] == [None, None], "cut off: no verdict"
+    said = {g["cause"]: g["judgment"]["answer"] for g in rows["hard_prompt-1"]["games"]}
+    assert said == {None: "no verdict", "cut off": "[[A>B]] but (cut)"}, "F5: what it said is kept"
     judge.reply, before = fond_of_ours, len(judge.calls)
     assert "failed" not in arena("--category hard_prompt").output
     assert len(judge.calls) == before + 2, "only the failed question is judged again"
     rows = {row["uid"]: row for row in annotate.read_jsonl(path)}
     assert len(rows) == 2 and evaluate.battles(rows["hard_prompt-0"]) == [1, 1, 1, 1]
+
+
+def test_a_call_without_an_answer_is_made_again(tmp_path: Path, arena: Any, judge: Any) -> None:
+    """Fault F1 in the arena: a body without choices, of status 200."""
+    judge.reply = lambda user: (200, "busy") if "Question 0?" in user else fond_of_ours(user)
+    result = arena("--category hard_prompt")
+    assert "1 of 2 questions failed" in result.output and "no answer: " in result.output, result.output
+    judge.reply, before = fond_of_ours, len(judge.calls)
+    assert "failed" not in arena("--category hard_prompt").output and len(judge.calls) == before + 2
 
 
 def test_if_all_calls_fail_nothing_is_kept(tmp_path: Path, arena: Any, judge: Any) -> None:

@@ -282,6 +282,28 @@ def test_when_all_is_refused_nothing_is_kept(tmp_path: Path, monkeypatch: pytest
         assert "max_completion_tokens" in bodies[-1] and "temperature" not in bodies[-1]
 
 
+def test_what_an_invalid_judge_said_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault F5: it is in the record, the first three are on the screen, and an empty table says none."""
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    with stub.stub() as base:
+        result = battery(f"{base}/0/words/v1", tmp_path / "b", "--limit 2 --attack empty --attack one_token")
+    assert "{'not a label': 4}" in result.stdout and result.stdout.count("not a label: 'nine'") == 3
+    assert "\nnone\n" in result.stdout and "Empty DataFrame" not in result.stdout
+    (file,) = (tmp_path / "b/scores").glob("*.jsonl")
+    assert {row["text"] for row in annotate.read_jsonl(file)} == {"nine"}
+
+
+def test_what_an_invalid_comparison_said_is_kept() -> None:
+    """Fault F5, in both orders."""
+    said = [{"label": 1, "expected": 1, "text": "1", "cause": None}]
+    said += [{"label": None, "expected": None, "text": "Both.", "cause": "not a label"}]
+    task = dict(zip(("prompt", "instruction", "output", "other"), (attacks.PAIRWISE, "i", "a", "b")))
+    verdicts = iter(said)
+    got = attacks.score(lambda *_: next(verdicts), task)
+    assert (got["expected"], got["cause"], got["text"]) == (None, "not a label", "Both.")
+    assert got["orders"] == said and got["output"] == "a"
+
+
 def test_wrong_options_end_before_any_work(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "b"
     assert "no server" in battery("http://127.0.0.1:9/v1", folder, status=1).stderr

@@ -1,6 +1,8 @@
 """Common kinds of bad input end a command with a line or two that name them, before any work."""
 
+import copy
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     # wrong URL, key, model
     (CHAT.replace("{url}", "http://127.0.0.1:9"), {}, "http://127.0.0.1:9/0/ok/v1"),
     (CHAT, {"key": "wrong"}, "GOLD_API_KEY"),
+    (CHAT, {"key": " "}, "GOLD_API_KEY is empty"),  # fault F6
+    (CHAT, {"key": "secret\r"}, "GOLD_API_KEY holds a character"),
+    (CHAT, {"key": "schlüssel"}, "GOLD_API_KEY holds a character"),
     (NEW + " --policy-model no/such-model", {}, "no/such-model"),
     # not JSON, missing columns
     (CHAT, {"rows.jsonl": b"<html>\n<p>"}, "rows.jsonl, line 1|not JSON"),
@@ -138,6 +143,39 @@ def test_good_input_gets_to_work(line: str, tmp_path: Path, url: str, monkeypatc
     with pytest.raises(pytest.fail.Exception, match="the work has begun"):
         result = invoke(line, tmp_path, url, {}, monkeypatch)
         raise result.exception or AssertionError(result.output)
+
+
+@pytest.mark.parametrize("stage", ["01", "05"])
+def test_a_password_in_a_url_is_not_told(stage: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Fault F6: neither printed nor written, and nobody is asked; nor with an empty key."""
+    attacks, bodies = import_module("05_attack_analysis"), []
+    with stub(bodies) as url:
+        told = url.replace("//", "//me:geheim@")
+        for key, place, words in (("secret", told, "password"), ("", url, "is empty")):
+            monkeypatch.setenv("JUDGE_API_KEY", key)
+            line = CHAT.format(run=tmp_path, url=place).split()[1:]
+            if stage == "05":
+                line = f"battery --judge-url {place}/0/ok/v1 --judge-model gold --out {tmp_path}/b".split()
+            write(tmp_path, FILES)
+            monkeypatch.setenv("GOLD_API_KEY", key)
+            result = CliRunner().invoke((annotate if stage == "01" else attacks).app, line)
+            assert result.exit_code == 1 and words in result.stderr and result.stderr.count("\n") == 1
+            assert "geheim" not in result.output
+    assert not bodies and not any(b"geheim" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_a_base_model_without_chat_template_is_refused(
+    tmp_path: Path, monkeypatch: Any, tokenizer: Any
+) -> None:
+    """Fault F17: by 01 in one line, not by 03 after 01 and 02; gold's too, where it is served by us."""
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    base.save_pretrained(tmp_path / "base")
+    chat = CHAT.replace(" --gold-url {url}/0/ok/v1", "").replace("--gold gold", "--gold {run}/base")
+    for line in (f"{NEW} --policy-model {{run}}/base", chat):
+        result = invoke(line, tmp_path, "", {}, monkeypatch)
+        assert result.exit_code == 1 and f"{tmp_path}/base has no chat template" in result.stderr
+        assert result.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
 def test_as_a_user_sees_it(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import types
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import annotate, sft
+from conftest import ROOT, annotate, sft
 from typer.testing import CliRunner
 
 evaluate = import_module("04_evaluate")
@@ -24,6 +27,16 @@ ONE, TWO = TEMPLATE.format(topic="rain", word="soft"), TEMPLATE.format(topic="br
 
 def run(line: str) -> Any:
     return CliRunner().invoke(evaluate.app, line.split())
+
+
+def test_a_notebooks_backend_is_not_asked_for(tmp_path: Path) -> None:
+    """Fault F15: the backend of the notebook that started us is not installed here."""
+    draw = "import importlib, pandas, pathlib, sys; m = importlib.import_module('05_attack_analysis'); "
+    draw += "m.evaluate.heatmap(pandas.DataFrame([[1.0]]), pathlib.Path(sys.argv[1]), 'x')"
+    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    line = [sys.executable, "-c", draw, f"{tmp_path}/x.png"]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
 
 
 # --- equations -----------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def test_both_stacks_hold_what_is_imported() -> None:
             names = [n.name for n in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             imported |= {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
-    through = {"filelock", "numpy", "jinja2", "pandas", "safetensors", "huggingface_hub"}  # of those named
+    # What comes through those named.
+    through = {"filelock", "numpy", "jinja2", "pandas", "safetensors", "huggingface_hub", "httpx2"}
     for name in ("requirements.txt", "requirements-cpu.txt"):
         text = (ROOT / name).read_text()
         assert {
@@ -221,6 +222,31 @@ def test_each_replica_gets_its_entry_of_the_mask(tmp_path: Path, monkeypatch: An
         assert endpoint.url.count("/v1") == 2 and endpoint.tokenizer == "some/model"
     assert {text.split()[1] for text in texts} == {"MIG-cd", "GPU-ab"}
     assert all(re.search(r"--max-num-seqs 64 --port \d+\n", text) for text in texts)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_server_leaves_no_temporary_files(tmp_path: Path, monkeypatch: Any, deep: bool) -> None:
+    """Faults F14, F16: a folder of its own, gone with it, where paths of sockets fit; NO_PROXY stays."""
+    folder = tmp_path / ("deep" * 20) if deep else Path("/tmp")
+    folder.mkdir(exist_ok=True)
+    program = tmp_path / "python"
+    says = '#!/bin/sh\ntouch "$TMPDIR/socket"\necho "$TMPDIR $NO_PROXY $no_proxy."\nexec sleep 60\n'
+    program.write_text(says)
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(annotate.tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(annotate, "load_tokenizer", str)
+    monkeypatch.setenv("NO_PROXY", "my.host")
+    monkeypatch.delenv("no_proxy", raising=False)
+    said = lambda _: 200 * any(path.read_text() for path in tmp_path.glob("logs/*"))  # noqa: E731
+    monkeypatch.setattr(annotate.Endpoint, "status", said)
+    with annotate.serve("some/model", tmp_path / "logs", 64):
+        (log,) = tmp_path.glob("logs/*")
+        scratch, theirs, forced = log.read_text().split(" ")
+        assert (theirs, forced) == ("my.host", ".\n") and "no_proxy" not in os.environ
+        assert (Path(scratch) / "socket").exists() and len(f"{scratch}/{'u' * 36}") <= 103
+        assert Path(scratch).parent == Path("/tmp")
+    assert not Path(scratch).exists()
 
 
 TERMINAL = """

@@ -8,6 +8,7 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,24 @@ def test_pointwise_rewards_stay_with_their_rollouts() -> None:
         samples = [SimpleNamespace(text=f" {n}\n") for n in range(4)]
         rewards, notes = rl.pointwise_rewards(ask, {"instruction": "x"}, samples, pool)
     assert rewards == [0, 1, None, 3] and [n["cause"] for n in notes] == [None, None, "cut off", None]
+
+
+def test_a_step_whose_judgements_all_fail_ends_the_command(capsys: Any) -> None:
+    """Fault F1 under `--judge gold`: with its reason, before training on nothing."""
+    sample = annotate.Sample([1], [0.0], "x", True)
+    server = SimpleNamespace(sample=lambda prompt, n, adapter, **_: [sample] * n)
+    options = {**OPTIONS, "threads": 2, "group": 2, "max_tokens": 1}
+
+    def collect(*causes: str | None) -> Any:
+        left = iter(causes)
+        ask = lambda *_: {"expected": None, "cause": next(left)}  # noqa: E731
+        task = rl.Task([], lambda row: [1], partial(rl.pointwise_rewards, ask))
+        return rl.collect(server, "a", task, [{"instruction": "i"}], options)
+
+    assert [r.reward for r in collect("no answer: cut", "not a label")[0]] == [None, None]
+    with pytest.raises(SystemExit):
+        collect("no answer: cut", "refused (400): no")
+    assert "all 2 judgements of this step failed" in capsys.readouterr().err
 
 
 def games(strengths: list[float], opponents: int = 0, answer: Any = None) -> tuple[Any, Any, Any]:

@@ -30,19 +30,16 @@ class Says:
         self.tokenizer, self.thinking, self.probabilities = tokenizer, thinking, probabilities
         self.asked: list[list[int]] = []
 
-    def client(self, prompt: list[int]) -> Any:
-        return SimpleNamespace(completions=SimpleNamespace(create=self.create))
-
     def sample(self, prompt: list[int], n: int, model: Any, **_: Any) -> list[Any]:
         self.asked.append(prompt)
         before, closed, _ = self.thinking.partition("</think>")
         return [annotate.Sample(annotate.encode(self.tokenizer, before + closed), [], before + closed, True)]
 
-    def create(self, prompt: list[int], extra_body: Any, **_: Any) -> Any:
-        self.asked.append(prompt)
-        tokens = [f"token_id:{i}" for i in extra_body["allowed_token_ids"]]
+    def ask(self, prompt: list[int], request: Any, read: Any) -> Any:
+        self.asked.append(request["prompt"])
+        tokens = [f"token_id:{i}" for i in request["allowed_token_ids"]]
         top = {token: math.log(p) for token, p in zip(tokens, self.probabilities)}
-        return SimpleNamespace(choices=[SimpleNamespace(logprobs=SimpleNamespace(top_logprobs=[top]))])
+        return read([{"logprobs": {"top_logprobs": [top]}}])
 
 
 @given(output=hostile, thinking=hostile, label=st.integers(0, 9), closes=st.booleans())
@@ -96,6 +93,16 @@ def test_a_refused_request_is_an_invalid_judgement_a_dead_server_is_none(tokeniz
             assert verdict["label"] is None and "content filter" in verdict["cause"]
             with pytest.raises(openai.InternalServerError):
                 sft.ask_judge(sft.Judge(down, tokenizer, None, reasoning), ASKED, "Rain.")
+
+
+@pytest.mark.parametrize("mode", ["html", "half", "empty", "short"])
+def test_a_broken_answer_is_an_invalid_judgement(tokenizer: Any, mode: str) -> None:
+    """Fault F1, of a judge of ours."""
+    with stub() as url:
+        endpoint = annotate.Endpoint(f"{url}/0/{mode}/v1", "secret", "m", 0)
+        for reasoning in (False, True):
+            verdict = sft.ask_judge(sft.Judge(endpoint, tokenizer, None, reasoning), ASKED, "Rain.")
+            assert verdict["label"] is None and verdict["cause"].startswith("no answer: ")
 
 
 def test_a_judge_trained_with_rubrics_is_asked_with_them(tokenizer: Any) -> None:
