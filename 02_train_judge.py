@@ -406,8 +406,8 @@ def selection_score(scores: dict[str, Any]) -> float:
 
 
 def judge_row(ask: Callable[..., Verdict], row: Row) -> Row:
-    """The verdict of a judge on an annotated output (or pair), beside gold's label."""
-    return {"gold": row["label"], **ask(row["instruction"], row["output"], row.get("other"))}
+    """The verdict of a judge on an annotated output (or pair)."""
+    return ask(row["instruction"], row["output"], row.get("other"))
 
 
 # What a later stage must know of a judge, beside where its adapter is.
@@ -425,7 +425,8 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
             ask = partial(ask_judge, open_judge(endpoint, tokenizer, name, options, run))
             path, work = folder / f"validation-{name[6:]}.jsonl", partial(judge_row, ask)
             records = annotate.map_to_jsonl(path, tasks, work, name, options["threads"])
-            scores[name] = agreement(records, options["pairwise"])
+            judged = [{**record, "gold": tasks[record["id"]]["label"]} for record in records]
+            scores[name] = agreement(judged, options["pairwise"])
             print(f"{name}: {describe(scores[name])}", flush=True)
             endpoint.unload_adapter(name)
     best = max(scores, key=lambda name: selection_score(scores[name]))

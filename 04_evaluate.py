@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -87,19 +88,6 @@ def trained_policies(run: Path) -> dict[str, Row]:
     return found
 
 
-def fingerprint(asked: Row) -> str:
-    """What tells two judges or policies of one name apart: an adapter's weights, or who is asked."""
-    if adapter := asked.get("adapter"):
-        return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
-    keys = ("url", "model", "effort", "gold", "gold_url", "gold_effort")
-    return annotate.short_hash(*(str(asked.get(key)) for key in keys))
-
-
-def file_of(name: str, judges: dict[str, Row]) -> str:
-    """The file for what a judge says: another one once its name stands for another judge."""
-    return f"{name}-{fingerprint(judges[name])}.jsonl" if name in judges else f"{name}.jsonl"
-
-
 class ServerCache(ExitStack):
     """At most one vLLM server at a time, started when it is first needed; its limits are those of `users`."""
 
@@ -126,16 +114,57 @@ class ServerCache(ExitStack):
         self.endpoint = None
 
 
-def kept(path: Path, tasks: Row, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
-    """The records of all `tasks` (id -> task) in `path`; what it lacks `work` makes of what `opening` yields.
+# --- Answers are kept, and asked for again where anything that changes them has changed --------------
 
-    So no server is started where nothing is left to do.
+LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")  # of a judge's record
+BEYOND_LIMIT = ("prompt too long", "thinking did not close", "cut off")  # causes that a higher one may mend
+
+
+def identity(asked: Row, run: Path | None = None) -> str:
+    """A hash of who is asked: an adapter's weights, or the model's name, and what its answers depend on.
+
+    Neither its own name, nor its URL, nor the place of the run. A judge with rubrics is asked with them.
     """
-    known = {record["id"]: record for record in annotate.read_done(path)}
+    who = asked.get("gold") or asked.get("model")
+    if adapter := asked.get("adapter"):
+        who = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    settings = [asked.get(key) for key in ("reasoning", "temperature", "max_tokens", "effort", "gold_effort")]
+    rubrics = sft.read_rubrics(run) if asked.get("rubrics") else None
+    return annotate.short_hash(json.dumps([who, settings, rubrics]))
+
+
+def answer_key(who: str, question: Any) -> str:
+    """The id of a kept answer of `who` (an `identity`): a hash of all that it depends on, rules included.
+
+    Limits are not in it: `kept` asks again where one was too low.
+    """
+    return annotate.short_hash(who, json.dumps(question))
+
+
+def kept(path: Path, tasks: Row, asked: Row, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
+    """The records of all `tasks` (key -> task) in `path`; `work` makes the others of what `opening` yields.
+
+    So no server is started where nothing is left to do. What failed under a lower limit than that of `asked`
+    is made again. So is all that the oracle says: it costs nothing, and its code may have changed.
+    """
+    limit = sum(asked.get(name, 0) for name in LIMITS)
+
+    def stale(record: Row) -> bool:
+        too_low = str(record.get("cause")).startswith(BEYOND_LIMIT) and record.get("limit", 0) < limit
+        return record["id"] in tasks and (too_low or asked.get("gold") == "oracle")
+
+    records = annotate.read_done(path)
+    known = {record["id"]: record for record in records if not stale(record)}
     if tasks.keys() <= known.keys():
         return [known[key] for key in tasks]
+    if len(known) < len(records):
+        annotate.write_jsonl(path, known.values())
     with opening as opened:
-        return annotate.map_to_jsonl(path, tasks, partial(work, opened), label, threads)
+
+        def answer(task: Row) -> Row:
+            return {**work(opened, task), "limit": limit}
+
+        return annotate.map_to_jsonl(path, tasks, answer, label, threads)
 
 
 @contextmanager
@@ -168,6 +197,11 @@ def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], ro
     return {**row, **text, "fluency": fmean(token_logprobs(endpoint, prompt, sample.tokens_T))}
 
 
+def output_ids(name: str, step: int, adapter: Path) -> str:
+    """How the ids of a checkpoint's outputs begin; it was another one, if its weights were others."""
+    return f"{name}:{step}:{identity({'adapter': adapter})}"
+
+
 def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
 
@@ -182,12 +216,12 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
         prompt, work = partial(annotate.policy_prompt, tokenizer), partial(write_output, policy, tokenizer)
         fitting = [(key, text) for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]]
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
-            who = f"{name}:{step}:{fingerprint({'adapter': adapter})}" if step else policy["base"]
+            who = output_ids(name, step, adapter) if step else policy["base"]
             about = {"policy": name if step else BASE, "step": step, "base": policy["base"]}
             some = fitting[:: 1 if step in (0, max(policy["checkpoints"])) else 2]
             tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in some}
             served = servers.adapter(policy["model"], adapter)
-            made = kept(path, tasks, served, work, f"outputs of {who}", threads)
+            made = kept(path, tasks, policy, served, work, f"outputs of {who}", threads)
             outputs |= {row["id"]: row for row in made}
     annotate.write_jsonl(path, outputs.values())
     return list(outputs.values())
@@ -218,23 +252,35 @@ def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, thre
 
     A pairwise judge compares with the output of the policy's own base, which is among `outputs`.
     """
-    pairwise = name == PAIRWISE_GOLD or judges.get(name, {}).get("pairwise")
+    judge = judges.get(name) or annotate.read_options(servers.run / "annotations")
+    pairwise, who = name == PAIRWISE_GOLD or judge.get("pairwise"), identity(judge, servers.run)
     bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
 
-    def work(grade: Callable[..., Row], row: Row) -> Row:
-        if pairwise:
-            return against_baseline(grade, row, bases[row["base"], row["instruction"]])
-        return grade(row["instruction"], row["output"])
+    tasks, keys = {}, {}
+    for row in outputs:
+        task = {"id": row["id"], "instruction": row["instruction"], "output": row["output"]}
+        task["other"] = bases[row["base"], row["instruction"]] if pairwise else None
+        question = annotate.judge_messages(row["instruction"], row["output"], task["other"])
+        key = keys[row["id"]] = answer_key(who, question)
+        tasks[key] = task
 
-    path = servers.run / "evaluation" / "scores" / file_of(name, judges)
-    tasks = {row["id"]: row for row in outputs}
-    records = kept(path, tasks, open_judge(name, judges, servers), work, f"{name} scores", threads)
-    return {record["id"]: record["expected"] for record in records}
+    def work(grade: Callable[..., Row], task: Row) -> Row:
+        if pairwise:
+            return task | against_baseline(grade, task, task["other"])
+        return task | grade(task["instruction"], task["output"])
+
+    path = servers.run / "evaluation" / "scores" / f"{name}.jsonl"
+    records = kept(path, tasks, judge, open_judge(name, judges, servers), work, f"{name} scores", threads)
+    scores = {record["id"]: record["expected"] for record in records}
+    return {output: scores[key] for output, key in keys.items()}
+
+
+AT_LEAST = 10  # instructions: fewer make no interval (that of a single one has no width), so no finding
 
 
 def bootstrap(values: Any, level: float = 0.95) -> list[float] | None:
-    """[low, high], the percentile bootstrap interval of the mean of `values`; None without values."""
-    if not len(values):
+    """[low, high], the percentile bootstrap interval of the mean; None of fewer than `AT_LEAST` values."""
+    if len(values) < AT_LEAST:
         return None
     means = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values))).mean(1)
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
@@ -287,10 +333,12 @@ def findings(run: Path) -> list[str]:
     for name, kind in sorted(results["kinds"].items(), key=lambda item: item[1]):
         point, sign, text = results["curves"][name][-1], {}, {}
         for key in SCORES:
-            low, high = point.get(f"{key}_lift_interval") or [0, 0]
+            interval, lift = point.get(f"{key}_lift_interval"), point.get(f"{key}_lift")
+            (low, high), invalid = interval or [0, 0], point.get(f"{key}_unusable", 0)
             sign[key] = (low > 0) - (high < 0)
-            lift = point.get(f"{key}_lift")
-            text[key] = f"{key} none" if lift is None else f"{key} {lift:+.1f} [{low:+.1f}, {high:+.1f}]"
+            clear = f"[{low:+.1f}, {high:+.1f}]" if interval else f"(too few: {point.get('n', 0) - invalid})"
+            text[key] = f"{key} none" if lift is None else f"{key} {lift:+.1f} {clear}"
+            text[key] += f" ({invalid} of {point['n']} invalid)" if invalid else ""
         if kind == "direct":
             says = "shown" if sign["own"] > 0 > sign["gold"] else "not shown"
             lines.append(f"finding 1: {says}, {text['own']}, {text['gold']} (policy {name})")
@@ -418,10 +466,14 @@ def judges_command(
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
         for name in sorted(judges, key=lambda name: judges[name]["model"]):
-            path, pairwise = folder / "judges" / file_of(name, judges), judges[name].get("pairwise", False)
-            rows = {row["id"]: row for row in sft.labelled(run, "judge_test", pairwise=pairwise)}
-            verdicts = kept(path, rows, open_judge(name, judges, servers), sft.judge_row, name, threads)
-            scores[name] = sft.agreement(verdicts, pairwise=pairwise)
+            judge, who = judges[name], identity(judges[name], run)
+            rows = sft.labelled(run, "judge_test", pairwise=(pairwise := judge.get("pairwise", False)))
+            keys = [answer_key(who, sft.row_messages(row, None)) for row in rows]
+            path, tasks = folder / "judges" / f"{name}.jsonl", dict(zip(keys, rows))
+            opening = open_judge(name, judges, servers)
+            verdicts = {v["id"]: v for v in kept(path, tasks, judge, opening, sft.judge_row, name, threads)}
+            judged = [{**verdicts[key], "gold": row["label"]} for key, row in zip(keys, rows)]
+            scores[name] = sft.agreement(judged, pairwise=pairwise)
     annotate.write_json(folder / "judges.json", scores)
     for measure in ("alpha", "accuracy"):
         if table := {name: score for name, score in scores.items() if measure in score}:
@@ -671,7 +723,7 @@ def play(endpoint: Any, task: Row) -> Row:
         messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task[a], task[b])
         text, _, cause = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
         games.append({"score": last_verdict(text or ""), "judgment": {"answer": text}, "cause": cause})
-    about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline")}
+    about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline", "who")}
     refused = [game["cause"] for game in games if str(game["cause"]).startswith("refused")]
     return {**about, "games": games, "cause": refused[0] if refused else None}
 
@@ -694,6 +746,8 @@ def arena_command(
     if not (known := [number for number in steps if step in ("", str(number))]):
         annotate.fail(f"--policy {policy}: {run} has no such policy, or it no such step ({list(steps)}).")
     label, model, adapter = f"{name}-{known[-1]}", found[name]["model"], steps[known[-1]]
+    user = {**found[name], "adapter": adapter, "max_tokens": ANSWER, "temperature": 0}
+    who, judge_who = identity(user), identity({"model": arena_judge})
     folder, judge = run / "evaluation" / "arena", Path(arena_judge).name
     tokenizer = annotate.load_tokenizer(model)
     annotate.record_config(run / "evaluation", {})
@@ -712,24 +766,31 @@ def arena_command(
     for kind in kinds:
         questions, theirs = load_benchmark(data, kind, limit)
         publish(BASELINES[kind], theirs)
-        about = {"model": label, "judge": judge, "baseline": BASELINES[kind]}
+        about = {"model": label, "who": who, "judge": judge, "baseline": BASELINES[kind]}
         tasks |= {uid: {**row, **about, "theirs": theirs[uid]} for uid, row in questions.items()}
     room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
     short = {u: t for u, t in tasks.items() if len(annotate.policy_prompt(tokenizer, t["prompt"])) <= room}
     print(f"{label}: {len(short)} of {len(tasks)} questions; the others are over {room} tokens, left out")
-    asked = {uid: {"instruction": task["prompt"]} for uid, task in short.items()}
-    path = folder / "answers" / f"{label}.jsonl"
-    user = {**found[name], "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+    about = {uid: {"uid": uid, "who": who, "instruction": task["prompt"]} for uid, task in short.items()}
+    asked = {answer_key(who, row["instruction"]): row for row in about.values()}
+    path, user["max_prompt"] = folder / "answers" / f"{label}.jsonl", room
     with ServerCache(run, [user], gpus) as servers:
         served, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
-        kept(path, asked, served, work, f"answers of {label}", threads)
-    ours = {row["id"]: row["output"] for row in annotate.read_jsonl(path)}
+        made = kept(path, asked, user, served, work, f"answers of {label}", threads)
+    # Of the other category, or beyond --limit, what these weights said in an earlier call is published too.
+    said = [row for row in annotate.read_jsonl(path) if row.get("who") == who] + made
+    ours = {row["uid"]: row["output"] for row in said}
     publish(label, ours)
+    games = {}
+    for uid, task in short.items():
+        messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task["theirs"], ours[uid])
+        games[answer_key(judge_who, messages)] = {**task, "ours": ours[uid]}
     path = folder / "model_judgment" / judge / f"{label}.jsonl"
-    done = [row for row in annotate.read_jsonl(path) if not row["cause"]]
-    annotate.write_jsonl(path, done)  # without calls that failed: they are made again
-    games = {uid: {**task, "ours": ours[uid]} for uid, task in short.items()}
-    if todo := [games[uid] for uid in games.keys() - {row["id"] for row in done}]:
+    # Without calls that failed, which are made again, and without games of other weights or texts.
+    done = [row for row in annotate.read_jsonl(path) if not row["cause"] and row.get("who") == who]
+    done = [row for row in done if row["uid"] not in short or row["id"] in games]
+    annotate.write_jsonl(path, done)
+    if todo := [games[key] for key in games.keys() - {row["id"] for row in done}]:
         # Four characters a token, two games; 800 tokens for an answer is a guess.
         read = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
         write = 1600 * len(todo)
