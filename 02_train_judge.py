@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -34,6 +35,7 @@ from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -556,6 +558,7 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     The base stays in bfloat16 on a GPU (float32 on a CPU); peft keeps the adapter in float32.
     """
     import peft
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     name, rank, gpu = options["model"], options["lora_rank"], torch.cuda.is_available()
@@ -567,7 +570,11 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     if adapter := state or start:
-        model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        try:
+            model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+            saved = state and torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+        except (EOFError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+            fail(f"{adapter}: damaged ({type(error).__name__}). Delete {adapter.parent} and train it again.")
     else:
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=options["lora_modules"])
         model = peft.get_peft_model(base, config)
@@ -575,7 +582,6 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
     optimizer = torch.optim.AdamW(trainable(model), lr=options["lr"], weight_decay=0.0)
     if state:
-        saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)  # any GPU's
         optimizer.load_state_dict(saved)
     return model, optimizer
 
@@ -628,6 +634,13 @@ def check_rank(value: int) -> int:
     return value
 
 
+def check_name(value: str) -> str:
+    """A `--name` is one folder's, and part of ids and of NAME:STEP."""
+    if not re.fullmatch(r"(\w[\w.-]*)?", value) or value == "base":
+        raise typer.BadParameter("letters, digits, '.', '_' and '-'; and not 'base'")
+    return value
+
+
 Run, Preset, _ = annotate.run_and_preset(PRESETS)
 LoraRank = Annotated[int, Option(callback=check_rank, help="Rank of the adapter. Paper: full fine-tuning.")]
 TokensPerPass = Annotated[int, Option(min=1, help="Tokens of one forward pass: a matter of memory only.")]
@@ -657,7 +670,9 @@ def main(
     gpus: annotate.Gpus = "0",
     seed: annotate.Seed = 0,
     examples: Annotated[int, Option(min=0, help="So many, drawn by the seed; 0: all. Paper: 164K.")] = 0,
-    name: Annotated[str, Option(help="RUN/judges/NAME-sft. Default: direct or reasoning, variant.")] = "",
+    name: Annotated[
+        str, Option(callback=check_name, help="RUN/judges/NAME-sft. Default: direct or reasoning, variant.")
+    ] = "",
 ) -> None:
     options = {key: value for key, value in ctx.params.items() if key not in ("run", "name")}
     options["lora_modules"] = modules_of(options["preset"])

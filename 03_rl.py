@@ -356,7 +356,7 @@ def judge_task(options: Options, run: Path) -> Task:
         notes_G = [{"label": x, "gold": row["label"], "cause": causes[x is None]} for x in read_G]
         return [reward(label, row["label"]) for label in read_G], notes_G
 
-    start = Path(options["start"]) if options["start"] else None
+    start = run / options["start"] if options["start"] else None
     return Task(sft.labelled(run, "judge_train", pairwise=pairwise), prompt, rewards, start)
 
 
@@ -511,7 +511,7 @@ TokenMean = Annotated[bool, Option(help="Mean over all tokens, not over each rol
 ClipLow = Annotated[float, Option(min=0, max=1, help="eps_low of eq. 2. Paper: 0.2.")]
 ClipHigh = Annotated[float, Option(min=0, max=1, help="eps_high of eq. 2. Paper: 0.3.")]
 Every = Annotated[int, Option(min=1, help="Steps between two kept adapters.")]
-Name = Annotated[str, Option(help="Name of the new folder. Default: the judge's.")]
+Name = Annotated[str, Option(callback=sft.check_name, help="Of the new folder. Default: the judge's.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
 
@@ -547,10 +547,10 @@ def train_judge(
     judge = judge.removesuffix("-sft")
     folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
     source, record = sft.find_judge(run, f"{judge}-sft")
-    adapter = source / record["adapter"] if start == "sft" else None
+    adapter = f"judges/{source.name}/{record['adapter']}" if start == "sft" else ""  # wherever the run lies
     options["max_tokens"] = record["max_thinking"]
     options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
-    options |= {"task": "judge", "judge_record": record, "start": str(adapter or "")}
+    options |= {"task": "judge", "judge_record": record, "start": adapter}
     options |= {"beta": 0.0, "policy_gpus": judge_gpus}
     room = options["max_prompt"] + options["max_tokens"]
     sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")

@@ -40,6 +40,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 annotate = import_module("01_annotate")
@@ -81,7 +82,8 @@ def trained_policies(run: Path) -> dict[str, Row]:
     for path in sorted((run / "policies").glob("*/policy.json")):
         policy = found[path.parent.name] = annotate.read_json(path, needs)
         check = partial(sft.check_adapter, model=policy["model"], rank=policy["lora_rank"])
-        folders = sorted(path.parent.glob("checkpoints/step-*"))
+        if not (folders := sorted(path.parent.glob("checkpoints/step-*"))):
+            annotate.fail(f"{path.parent} has no checkpoints. Restore them, or delete it and train it again.")
         # Where it began: its model, sampled as the policy is.
         policy["base"] = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
         policy["checkpoints"] = {int(folder.name.removeprefix("step-")): check(folder) for folder in folders}
@@ -362,6 +364,7 @@ SHARES = {"refusal": "refuses", "claims": "speaks of itself"}
 # A picture's rows: axis name -> {measure: its text}.
 PANELS = {"mean score, 0-9": SCORES, "fluency": {"fluency": "log-probability a token"}}
 PANELS |= {"length": {"tokens": "tokens"}, "share of outputs": SHARES}
+rcParams["text.parse_math"] = False  # the $ in a name begins no formula
 COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "refusal": "tab:red"}
 
 
@@ -487,7 +490,9 @@ def mean_and_range(values: Any) -> str:
 
 
 @app.command("study")
-def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.g. seeds.")]) -> None:
+def study_command(
+    study: Annotated[Path, typer.Option(parser=annotate.user_path, help="A folder of runs, e.g. seeds.")],
+) -> None:
     """Agreement, findings and curves of several runs: mean and range."""
     results, scores, points = {}, [], []
     for run in sorted(path.parent for path in study.glob("*/annotations")):
@@ -705,7 +710,7 @@ def load_benchmark(data: str, category: str, limit: int) -> tuple[dict[str, Row]
             folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
         except (OSError, ValueError) as error:  # the hub's errors are kinds of these
             annotate.fail(f"--data {data}: neither a folder nor on the hub ({str(error).splitlines()[0]})")
-    rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category", "prompt"))
+    rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category"), texts=["prompt"])
     questions = {row["uid"]: row for row in rows if row["category"] == category}
     path, answers = folder / "model_answer" / f"{BASELINES[category]}.jsonl", {}
     for row in annotate.read_jsonl(path, ("uid", "messages")):

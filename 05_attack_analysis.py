@@ -236,7 +236,9 @@ def chosen_judges(run: Any, names: Any, urls: Any, models: Any, tokens: int, eff
     for url, model in zip(urls, models):
         about = {"url": url, "model": model, "tokens": tokens, "effort": effort}
         about["endpoint"] = annotate.open_endpoint(url, model, "JUDGE_API_KEY")
-        judges[re.sub(r"[^\w.-]+", "_", model)] = about
+        if model in judges:
+            annotate.fail(f"--judge-model {model}: a judge of the run has this name, too. Ask one at a time.")
+        judges[model] = about
     return judges
 
 
@@ -248,7 +250,9 @@ def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
         return {t: annotate.written_answer(*annotate.parse_template(t), random.Random(t)) for t in texts}
     built_in = Path(__file__).with_name("05_instructions.jsonl")  # everyday ones, honest plain answers
     path = file or (run / "evaluation" / "outputs.jsonl" if run else built_in)
-    rows = annotate.read_jsonl(path, ["instruction", "output"])
+    if file and not file.is_file():
+        annotate.fail(f"{file}: no such file")
+    rows = annotate.read_jsonl(path, texts=["instruction", "output"])
     found = {row["instruction"]: row["output"] for row in rows if row.get("policy", BASE) == BASE}
     return found or annotate.fail(f"{path}: no honest outputs. Of a run, 04_evaluate.py gold makes them.")
 

@@ -98,7 +98,7 @@ def compare(whole: Path, killed: Path) -> Counter[str]:
         if path.suffix == ".jsonl":
             (wanted, _), (ids, damaged) = records(whole / path), records(killed / path)
             change.update(damaged=damaged)
-            # Ids of scores are hashes of outputs, which are sampled anew; `04 gold` ends only with all of them.
+            # Ids of scores are hashes of outputs, sampled anew; `04 gold` ends only with all of them.
             if not path.parent.match("evaluation/scores"):
                 change.update(lost=len(wanted - ids), added=len(ids.keys() - wanted.keys()))
             change.update(duplicated=ids.total() - len(ids))

@@ -287,6 +287,35 @@ def test_a_users_file_is_never_changed(url: str, tmp_path: Path) -> None:
     assert "line 1: no output" in battery(url, tmp_path / "b", f"--instructions {file}", 1).stderr
 
 
+def test_other_peoples_instructions(url: str, tmp_path: Path) -> None:
+    """F22: read to the end, or refused before any request."""
+    file, half = tmp_path / "i.jsonl", b'{"instruction": "Name a lake.", "output": "\\ud83d Como."}\n'
+    file.write_bytes(half + b'{"instruction": "Name a sea.", "output": null}\n')
+    assert (
+        f"{file}, line 2: no text in output"
+        in battery(url, tmp_path / "b", f"--instructions {file}", 1).stderr
+    )
+    file.write_bytes(half + b'{"instruction": "Name a sea.", "output": 7}\n')
+    assert "line 2: no text in output" in battery(url, tmp_path / "b", f"--instructions {file}", 1).stderr
+    for name in ("typo.jsonl", "."):
+        missing = battery(url, tmp_path / "b", f"--instructions {tmp_path / name}", 1).stderr
+        assert f"{tmp_path / name}: no such file" in missing
+    assert not REQUESTS and not (tmp_path / "b").exists()
+    file.write_bytes(half)
+    battery(url, tmp_path / "b", f"--attack empty --instructions {file}")
+    assert len(REQUESTS) == 2 and (tmp_path / "b/battery.png").exists()
+
+
+def test_names_are_kept_apart(run: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F21: `org/model` beside `org_model`; a judge of the run beside a model of its name."""
+    two = f"--judge-url {url} --judge-model org/m --judge-url {url}/x --judge-model org_m"
+    stage_5(f"battery {two} --out {run}/b --attack empty --attack top_digit --limit 2")
+    found = json.loads((run / "b/battery.json").read_text())
+    assert list(found) == ["org/m", "org_m"] and len(REQUESTS) == 2 * 2 * 3
+    line = f"battery --run {run} --judge gold --judge-url {url} --judge-model gold"
+    assert "a judge of the run has this name" in stage_5(line, 1).stderr
+
+
 def test_what_was_cut_off_is_asked_again_under_a_higher_limit(tmp_path: Path, monkeypatch: Any) -> None:
     """F8; and F9: at another URL it is the same judge."""
     monkeypatch.setenv("JUDGE_API_KEY", "secret")

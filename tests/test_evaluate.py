@@ -446,6 +446,7 @@ def test_the_judges_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("line", "gone", "says"), [
     ("gold", "policies", "03_rl.py policy --run"), ("judges", "judges", "02_train_judge.py --run"),
     ("gold", "judges/direct-sft", "lacks direct-sft, against which policy direct was trained"),
+    ("gold", "policies/direct/checkpoints", "policies/direct has no checkpoints"),  # F23
     ("gold", "annotations", "01_annotate.py"), ("gold --threads 0", "logs", "threads"),
 ])  # fmt: skip
 def test_what_is_missing_is_named(folder: Path, line: str, gone: str, says: str) -> None:
@@ -488,7 +489,7 @@ def test_heatmap(tmp_path: Path) -> None:
     import pandas as pd
 
     frame = pd.DataFrame(
-        {"gold": {"direct": 1.5, "reasoning": -8.0}, "truth": {"direct": None, "reasoning": 0.0}}
-    )
+        {"cost_$5_to_$10": {"$x^^$": 1.5, "reasoning": -8.0}, "truth": {"$x^^$": None, "reasoning": 0.0}}
+    )  # F21: a name is no formula
     evaluate.heatmap(frame, tmp_path / "map.png", "lift")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
