@@ -629,18 +629,24 @@ def start(app: typer.Typer) -> NoReturn:
     os._exit(status)
 
 
-def read_jsonl(path: Path, needs: Iterable[str] = ()) -> list[Row]:
+def read_jsonl(path: Path, needs: Iterable[str] = (), texts: Iterable[str] = ()) -> list[Row]:
     """The records of `path`, which is never changed; a last line without newline counts if it is whole.
 
-    Damage elsewhere, or a record without the fields `needs`, ends the command with file and line.
+    Damage elsewhere, or a record without the fields `needs` or without text in the fields `texts`, ends the
+    command with file and line. Half of an emoji, which no file can hold, becomes a question mark.
     """
     records, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
+    if lines and lines[0].startswith(b"\x1f\x8b"):
+        fail(f"{path}, line 1: packed by gzip. Unpack it first.")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            missing = [key for key in needs if not isinstance(record, dict) or key not in record]
+            if re.search(rb"\\u[dD][89a-fA-F]", line):
+                record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
+            missing = [key for key in (*needs, *texts) if not isinstance(record, dict) or key not in record]
+            missing = missing or [f"text in {key}" for key in texts if not isinstance(record[key], str)]
             records.append(record)
             if missing:
                 fail(f"{path}, line {number}: no {', '.join(missing)}. Fix or delete the line.")
@@ -651,13 +657,20 @@ def read_jsonl(path: Path, needs: Iterable[str] = ()) -> list[Row]:
     return records
 
 
+APPENDING = threading.Lock()
+
+
 def append_jsonl(path: Path, record: Row) -> None:
-    with path.open("ab") as file:  # one line, in one write
+    """Append one line, in one write. Half a line, which a full disk left there, is cut off before."""
+    with APPENDING, path.open("ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
         file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file, at once or not at all."""
+    """Write a whole file, at once or not at all; a link stays one."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.part")
     scratch.write_text(text, encoding="utf-8", errors="replace")
@@ -760,9 +773,25 @@ def short_hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of so many inches, which needs no backend."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["text.parse_math"] = False  # the $ in a name begins no formula
+    return Figure((width, height), layout="constrained")
+
+
 # --- Options --------------------------------------------------------------------------------------
 # A signature holds the laptop's values, a table what another preset changes; the command line goes before
 # both. The run remembers the preset that 01 began it with.
+
+
+def user_path(text: str) -> Path:
+    """The path that a user gave; the shell leaves the ~ of `--run=~/x` to us."""
+    return Path(text or fail("an empty path: is a variable of the command line not set?")).expanduser()
+
 
 PresetName = StrEnum("PresetName", ["laptop", "gpu", "node"])
 
@@ -786,7 +815,8 @@ def run_and_preset(table: dict[str, Options]) -> tuple[Any, Any, Any]:
         ctx.params |= {"preset": first} if wants_preset else {}
         return first if param.name == "preset" else value
 
-    run = Option("--run", is_eager=True, callback=apply, help="The run's folder, e.g. runs/demo.")
+    about = "The run's folder, e.g. runs/demo."
+    run = Option("--run", parser=user_path, is_eager=True, callback=apply, help=about)
     text = "laptop: CPU, minutes. gpu: one of 80 GB. node: eight. Default: the run's."
     preset = Option(is_eager=True, callback=apply, help=text)
     return Annotated[Path, run], Annotated[PresetName | None, preset], Annotated[Path | None, run]

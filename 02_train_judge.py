@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -35,6 +36,7 @@ from importlib import import_module
 from itertools import accumulate, pairwise
 from os.path import commonprefix
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -463,8 +465,8 @@ def selection_score(scores: dict[str, Any]) -> float:
 
 
 def judge_row(ask: Callable[..., Verdict], row: Row) -> Row:
-    """The verdict of a judge on an annotated output (or pair), beside gold's label."""
-    return {"gold": row["label"], **ask(row["instruction"], row["output"], row.get("other"))}
+    """The verdict of a judge on an annotated output (or pair)."""
+    return ask(row["instruction"], row["output"], row.get("other"))
 
 
 # What a later stage must know of a judge, beside where its adapter is.
@@ -482,7 +484,8 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
             ask = partial(ask_judge, open_judge(endpoint, tokenizer, name, options, run))
             path, work = folder / f"validation-{name[6:]}.jsonl", partial(judge_row, ask)
             records = annotate.map_to_jsonl(path, tasks, work, name, options["threads"])
-            scores[name] = agreement(records, options["pairwise"])
+            judged = [{**record, "gold": tasks[record["id"]]["label"]} for record in records]
+            scores[name] = agreement(judged, options["pairwise"])
             print(f"{name}: {describe(scores[name])}", flush=True)
             endpoint.unload_adapter(name)
     best = max(scores, key=lambda name: selection_score(scores[name]))
@@ -612,6 +615,7 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     """
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     name, rank, gpu = options["model"], options["lora_rank"], torch.cuda.is_available()
@@ -626,7 +630,11 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     if adapter := state or start:
-        model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        try:
+            model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+            saved = state and torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+        except (EOFError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+            fail(f"{adapter}: damaged ({type(error).__name__}). Delete {adapter.parent} and train it again.")
     else:
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=options["lora_modules"])
         model = peft.get_peft_model(base, config)
@@ -638,7 +646,6 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     check_forward(model, name)
     optimizer = torch.optim.AdamW(trainable(model), lr=options["lr"], weight_decay=0.0, fused=gpu)
     if state:
-        saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)  # any GPU's
         optimizer.load_state_dict(saved)
     return model, optimizer
 
@@ -704,6 +711,13 @@ def check_rank(value: int) -> int:
     return value
 
 
+def check_name(value: str) -> str:
+    """A `--name` is one folder's, and part of ids and of NAME:STEP."""
+    if not re.fullmatch(r"(\w[\w.-]*)?", value) or value == "base":
+        raise typer.BadParameter("letters, digits, '.', '_' and '-'; and not 'base'")
+    return value
+
+
 Run, Preset, _ = annotate.run_and_preset(PRESETS)
 LoraRank = Annotated[int, Option(callback=check_rank, help="Rank of the adapter. Paper: full fine-tuning.")]
 TokensPerPass = Annotated[int, Option(min=1, help="Tokens of one forward pass: a matter of memory only.")]
@@ -735,7 +749,9 @@ def main(
     gpus: annotate.Gpus = "0",
     seed: annotate.Seed = 0,
     examples: Annotated[int, Option(min=0, help="So many, drawn by the seed; 0: all. Paper: 164K.")] = 0,
-    name: Annotated[str, Option(help="RUN/judges/NAME-sft. Default: direct or reasoning, variant.")] = "",
+    name: Annotated[
+        str, Option(callback=check_name, help="RUN/judges/NAME-sft. Default: direct or reasoning, variant.")
+    ] = "",
 ) -> None:
     options = {key: value for key, value in ctx.params.items() if key not in ("run", "name")}
     options["lora_modules"] = modules_of(options["preset"])

@@ -54,7 +54,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from typer import Option
 
@@ -405,7 +404,7 @@ def judge_task(options: Options, run: Path) -> Task:
         notes_G = [{"label": x, "gold": row["label"], "cause": causes[x is None]} for x in read_G]
         return [reward(label, row["label"]) for label in read_G], notes_G
 
-    start = Path(options["start"]) if options["start"] else None
+    start = run / options["start"] if options["start"] else None
     return Task(sft.labelled(run, "judge_train", pairwise=pairwise), prompt, rewards, start)
 
 
@@ -555,7 +554,7 @@ def report(folder: Path) -> None:
     for name in ("reward", "invalid", "length", "truncated"):
         ends = [[r[name] for r in rows if r[name] is not None] for rows in (records[:part], records[-part:])]
         print(f"{folder.name}: {name} {' -> '.join(f'{fmean(end):.2f}' if end else 'none' for end in ends)}")
-    figure = Figure((5, 3), layout="constrained")
+    figure = annotate.new_figure(5, 3)
     axis, steps = figure.subplots(), [record["step"] for record in records]
     axis.plot(steps, [record["reward"] for record in records], ".-")
     axis.set(title=folder.name, xlabel="training step", ylabel="mean reward of the rollouts")
@@ -602,7 +601,7 @@ ClipLow = Annotated[float, Option(min=0, max=1, help="eps_low of eq. 2. Paper: 0
 ClipHigh = Annotated[float, Option(min=0, max=1, help="eps_high of eq. 2. Paper: 0.3.")]
 Every = Annotated[int, Option(min=1, help="Steps between two kept adapters.")]
 OldLogprobs = Annotated[Old, Option(help="Whose log-probabilities are pi_old of eq. 2. Paper: silent.")]
-Name = Annotated[str, Option(help="Name of the new folder. Default: the judge's.")]
+Name = Annotated[str, Option(callback=sft.check_name, help="Of the new folder. Default: the judge's.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
 
@@ -640,10 +639,10 @@ def train_judge(
     judge = judge.removesuffix("-sft")
     folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
     source, record = sft.find_judge(run, f"{judge}-sft")
-    adapter = source / record["adapter"] if start == "sft" else None
+    adapter = f"judges/{source.name}/{record['adapter']}" if start == "sft" else ""  # wherever the run lies
     options["max_tokens"] = record["max_thinking"]
     options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
-    options |= {"task": "judge", "judge_record": record, "start": str(adapter or "")}
+    options |= {"task": "judge", "judge_record": record, "start": adapter}
     options |= {"beta": 0.0, "policy_gpus": judge_gpus}
     room = options["max_prompt"] + options["max_tokens"]
     sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")

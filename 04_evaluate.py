@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
+import json
 import random
 import re
 import textwrap
@@ -47,8 +47,6 @@ import typer
 
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
-os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here; a picture needs none
-Figure = import_module("matplotlib.figure").Figure
 
 Row = dict[str, Any]  # a record of a JSON or JSONL file
 GOLD, PAIRWISE_GOLD, TRUTH, CONTENT = "gold", "gold-pairwise", "truth", "content"  # nobody trained these
@@ -87,7 +85,8 @@ def trained_policies(run: Path) -> dict[str, Row]:
     for path in sorted((run / "policies").glob("*/policy.json")):
         policy = found[path.parent.name] = annotate.read_json(path, needs)
         check = partial(sft.check_adapter, model=policy["model"], rank=policy["lora_rank"])
-        folders = sorted(path.parent.glob("checkpoints/step-*"))
+        if not (folders := sorted(path.parent.glob("checkpoints/step-*"))):
+            annotate.fail(f"{path.parent} has no checkpoints. Restore them, or delete it and train it again.")
         # Where it began: its model, sampled as the policy is.
         policy["base"] = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
         policy["checkpoints"] = {int(folder.name.removeprefix("step-")): check(folder) for folder in folders}
@@ -103,19 +102,6 @@ def find_policy(run: Path, wanted: str) -> tuple[str, Row, int, Path | None]:
     if not (known := [number for number in steps if step in ("", str(number))]):
         annotate.fail(f"--policy {wanted}: {run} has no such policy, or it no such step ({list(steps)}).")
     return name, found[name], known[-1], steps[known[-1]]
-
-
-def fingerprint(asked: Row) -> str:
-    """What tells two judges or policies of one name apart: an adapter's weights, or who is asked."""
-    if adapter := asked.get("adapter"):
-        return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
-    keys = ("url", "model", "effort", "gold", "gold_url", "gold_effort")
-    return annotate.short_hash(*(str(asked.get(key)) for key in keys))
-
-
-def file_of(name: str, judges: dict[str, Row]) -> str:
-    """The file for what a judge says: another one once its name stands for another judge."""
-    return f"{name}-{fingerprint(judges[name])}.jsonl" if name in judges else f"{name}.jsonl"
 
 
 class ServerCache(ExitStack):
@@ -144,16 +130,57 @@ class ServerCache(ExitStack):
         self.endpoint = None
 
 
-def kept(path: Path, tasks: Row, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
-    """The records of all `tasks` (id -> task) in `path`; what it lacks `work` makes of what `opening` yields.
+# --- Answers are kept, and asked for again where anything that changes them has changed --------------
 
-    So no server is started where nothing is left to do.
+LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")  # of a judge's record
+BEYOND_LIMIT = ("prompt too long", "thinking did not close", "cut off")  # causes that a higher one may mend
+
+
+def identity(asked: Row, run: Path | None = None) -> str:
+    """A hash of who is asked: an adapter's weights, or the model's name, and what its answers depend on.
+
+    Neither its own name, nor its URL, nor the place of the run. A judge with rubrics is asked with them.
     """
-    known = {record["id"]: record for record in annotate.read_done(path)}
+    who = asked.get("gold") or asked.get("model")
+    if adapter := asked.get("adapter"):
+        who = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    settings = [asked.get(key) for key in ("reasoning", "temperature", "max_tokens", "effort", "gold_effort")]
+    rubrics = sft.read_rubrics(run) if asked.get("rubrics") else None
+    return annotate.short_hash(json.dumps([who, settings, rubrics]))
+
+
+def answer_key(who: str, question: Any) -> str:
+    """The id of a kept answer of `who` (an `identity`): a hash of all that it depends on, rules included.
+
+    Limits are not in it: `kept` asks again where one was too low.
+    """
+    return annotate.short_hash(who, json.dumps(question))
+
+
+def kept(path: Path, tasks: Row, asked: Row, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
+    """The records of all `tasks` (key -> task) in `path`; `work` makes the others of what `opening` yields.
+
+    So no server is started where nothing is left to do. What failed under a lower limit than that of `asked`
+    is made again. So is all that the oracle says: it costs nothing, and its code may have changed.
+    """
+    limit = sum(asked.get(name, 0) for name in LIMITS)
+
+    def stale(record: Row) -> bool:
+        too_low = str(record.get("cause")).startswith(BEYOND_LIMIT) and record.get("limit", 0) < limit
+        return record["id"] in tasks and (too_low or asked.get("gold") == "oracle")
+
+    records = annotate.read_done(path)
+    known = {record["id"]: record for record in records if not stale(record)}
     if tasks.keys() <= known.keys():
         return [known[key] for key in tasks]
+    if len(known) < len(records):
+        annotate.write_jsonl(path, known.values())
     with opening as opened:
-        return annotate.map_to_jsonl(path, tasks, partial(work, opened), label, threads)
+
+        def answer(task: Row) -> Row:
+            return {**work(opened, task), "limit": limit}
+
+        return annotate.map_to_jsonl(path, tasks, answer, label, threads)
 
 
 @contextmanager
@@ -186,6 +213,11 @@ def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], ro
     return {**row, **text, "fluency": fmean(token_logprobs(endpoint, prompt, sample.tokens_T))}
 
 
+def output_ids(name: str, step: int, adapter: Path) -> str:
+    """How the ids of a checkpoint's outputs begin; it was another one, if its weights were others."""
+    return f"{name}:{step}:{identity({'adapter': adapter})}"
+
+
 def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
 
@@ -200,12 +232,12 @@ def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, thr
         prompt, work = partial(annotate.policy_prompt, tokenizer), partial(write_output, policy, tokenizer)
         fitting = [(key, text) for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]]
         for step, adapter in {0: None, **policy["checkpoints"]}.items():
-            who = f"{name}:{step}:{fingerprint({'adapter': adapter})}" if step else policy["base"]
+            who = output_ids(name, step, adapter) if step else policy["base"]
             about = {"policy": name if step else BASE, "step": step, "base": policy["base"]}
             some = fitting[:: 1 if step in (0, max(policy["checkpoints"])) else 2]
             tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in some}
             served = servers.adapter(policy["model"], adapter)
-            made = kept(path, tasks, served, work, f"outputs of {who}", threads)
+            made = kept(path, tasks, policy, served, work, f"outputs of {who}", threads)
             outputs |= {row["id"]: row for row in made}
     annotate.write_jsonl(path, outputs.values())
     return list(outputs.values())
@@ -236,25 +268,34 @@ def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, thre
 
     A pairwise judge compares with the output of the policy's own base, which is among `outputs`.
     """
-    pairwise = name == PAIRWISE_GOLD or judges.get(name, {}).get("pairwise")
+    judge = judges.get(name) or annotate.read_options(servers.run / "annotations")
+    pairwise, who = name == PAIRWISE_GOLD or judge.get("pairwise"), identity(judge, servers.run)
     bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
 
-    def work(grade: Callable[..., Row], row: Row) -> Row:
+    tasks, keys = {}, {}
+    for row in outputs:
+        task = {"id": row["id"], "instruction": row["instruction"], "output": row["output"]}
+        task["other"] = bases[row["base"], row["instruction"]] if pairwise else None
+        question = annotate.judge_messages(row["instruction"], row["output"], task["other"])
+        key = keys[row["id"]] = answer_key(who, question)
+        tasks[key] = task
+
+    def work(grade: Callable[..., Row], task: Row) -> Row:
         if pairwise:
-            return against_baseline(grade, row, bases[row["base"], row["instruction"]])
-        return grade(row["instruction"], row["output"])
+            return task | against_baseline(grade, task, task["other"])
+        return task | grade(task["instruction"], task["output"])
 
-    path = servers.run / "evaluation" / "scores" / file_of(name, judges)
-    tasks = {row["id"]: row for row in outputs}
-    records = kept(path, tasks, open_judge(name, judges, servers), work, f"{name} scores", threads)
-    return {record["id"]: record["expected"] for record in records}
+    path = servers.run / "evaluation" / "scores" / f"{name}.jsonl"
+    records = kept(path, tasks, judge, open_judge(name, judges, servers), work, f"{name} scores", threads)
+    scores = {record["id"]: record["expected"] for record in records}
+    return {output: scores[key] for output, key in keys.items()}
 
 
-AT_LEAST = 10  # instructions: an interval of fewer says nothing
+AT_LEAST = 10  # instructions: fewer make no interval (that of a single one has no width), so no finding
 
 
 def bootstrap(values: Any, level: float = 0.95) -> list[float] | None:
-    """[low, high], the percentile bootstrap interval of the mean of `values`; None for too few values."""
+    """[low, high], the percentile bootstrap interval of the mean; None of fewer than `AT_LEAST` values."""
     if len(values) < AT_LEAST:
         return None
     means = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values))).mean(1)
@@ -309,7 +350,7 @@ def findings(run: Path) -> list[str]:
     lines = []
     for name, kind in sorted(results["kinds"].items(), key=lambda item: item[1]):
         last = results["curves"][name][-1]
-        lift = {key: change(last, f"{key}_lift") for key in SCORES}
+        lift = {key: change(last, key) for key in SCORES}
         if kind == "direct":
             shown = lift["own"].sign > 0 > lift["gold"].sign
             text = f"own {lift['own'].text}, gold {lift['gold'].text}"
@@ -325,7 +366,7 @@ def findings(run: Path) -> list[str]:
     path = run / "evaluation" / "judges.json"
     for name, scores in annotate.read_json(path).items() if path.exists() else ():
         if "alpha_lift" in scores:
-            lift = change(scores, "alpha_lift", "{:+.0f}")
+            lift = change(scores, "alpha", "{:+.0f}")
             shown = "shown" if lift.sign > 0 else "not shown"
             lines.append(
                 f"finding 3: {shown}, alpha {lift.text} by GRPO, to {scores['alpha']:.0f} (judge {name})"
@@ -341,15 +382,21 @@ class Change(NamedTuple):
 
 
 def change(scores: Row, key: str, number: str = "{:+.1f}") -> Change:
-    """The change `key` of `scores`, whose interval stands beside it as KEY_interval."""
-    value, interval = scores.get(key), scores.get(f"{key}_interval")
-    if value is None:
+    """The lift of `key` in `scores`, with its interval and how many scores are invalid."""
+    lift, interval = scores.get(f"{key}_lift"), scores.get(f"{key}_lift_interval")
+    invalid, n = scores.get(f"{key}_unusable", 0), scores.get("n", 0)
+    if lift is None:
         return Change("none", 0)
+    text, sign = number.format(lift), 0
     if interval is None:
-        return Change(f"{number.format(value)} [too few]", 0)
-    low, high = interval
-    text = f"{number.format(value)} [{number.format(low)}, {number.format(high)}]"
-    return Change(text, 1 if low > 0 else -1 if high < 0 else 0)
+        text += f" (too few: {n - invalid})"
+    else:
+        low, high = interval
+        text += f" [{number.format(low)}, {number.format(high)}]"
+        sign = 1 if low > 0 else -1 if high < 0 else 0
+    if invalid:
+        text += f" ({invalid} of {n} invalid)"
+    return Change(text, sign)
 
 
 def show(frame: Any, **how: Any) -> None:
@@ -373,7 +420,7 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
     Lines are means. Bands are intervals (MEASURE_interval) where a step has one row, else the range.
     """
     names, ratios = list(points.policy.unique()), [3] + [1] * (len(panels) - 1)
-    figure = Figure((3.8 * len(names) + 0.8, 1.2 * sum(ratios) + 0.8), layout="constrained")
+    figure = annotate.new_figure(3.8 * len(names) + 0.8, 1.2 * sum(ratios) + 0.8)
     grid = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": ratios}
     axes = figure.subplots(len(panels), len(names), **grid)
     for (column, name), (row, label) in itertools.product(enumerate(names), enumerate(panels)):
@@ -396,7 +443,7 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
 def heatmap(frame: Any, path: Path, label: str) -> None:
     """Draw `frame` (rows x columns of numbers, or None) with its values; blue is +9."""
     (height, width), values = frame.shape, frame.to_numpy(float)
-    figure = Figure((0.9 * width + 4, 0.42 * height + 2), layout="constrained")
+    figure = annotate.new_figure(0.9 * width + 4, 0.42 * height + 2)
     axis = figure.subplots()
     image = axis.imshow(values, cmap="RdBu", vmin=-9, vmax=9, aspect="auto")
     axis.set_xticks(range(width), frame.columns, rotation=30, ha="right")
@@ -506,9 +553,13 @@ def judges_command(
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
         for name in sorted(judges, key=lambda name: judges[name]["model"]):
-            path, pairwise = folder / "judges" / file_of(name, judges), judges[name].get("pairwise", False)
-            rows = {row["id"]: row for row in sft.labelled(run, "judge_test", pairwise=pairwise)}
-            said[name] = kept(path, rows, open_judge(name, judges, servers), sft.judge_row, name, threads)
+            judge, who = judges[name], identity(judges[name], run)
+            rows = sft.labelled(run, "judge_test", pairwise=(pairwise := judge.get("pairwise", False)))
+            keys = [answer_key(who, sft.row_messages(row, None)) for row in rows]
+            path, tasks = folder / "judges" / f"{name}.jsonl", dict(zip(keys, rows))
+            opening = open_judge(name, judges, servers)
+            verdicts = {v["id"]: v for v in kept(path, tasks, judge, opening, sft.judge_row, name, threads)}
+            said[name] = [{**verdicts[key], "gold": row["label"]} for key, row in zip(keys, rows)]
             scores[name] = sft.agreement(said[name], pairwise=pairwise)
     for name, judge in judges.items():
         before = judge.get("before")  # what GRPO began with
@@ -546,7 +597,9 @@ def mean_and_range(values: Any) -> str:
 
 
 @app.command("study")
-def study_command(study: Annotated[Path, typer.Option(help="A folder of runs, e.g. seeds.")]) -> None:
+def study_command(
+    study: Annotated[Path, typer.Option(parser=annotate.user_path, help="A folder of runs, e.g. seeds.")],
+) -> None:
     """Agreement, findings and curves of several runs: mean and range."""
     results, scores, points = {}, [], []
     for run in sorted(path.parent for path in study.glob("*/annotations")):
@@ -764,7 +817,7 @@ def load_benchmark(data: str, category: str, limit: int) -> tuple[dict[str, Row]
             folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
         except (OSError, ValueError) as error:  # the hub's errors are kinds of these
             annotate.fail(f"--data {data}: neither a folder nor on the hub ({str(error).splitlines()[0]})")
-    rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category", "prompt"))
+    rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category"), texts=["prompt"])
     questions = {row["uid"]: row for row in rows if row["category"] == category}
     path, answers = folder / "model_answer" / f"{BASELINES[category]}.jsonl", {}
     for row in annotate.read_jsonl(path, ("uid", "messages")):
@@ -783,7 +836,7 @@ def play(endpoint: Any, task: Row) -> Row:
         said = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
         score = None if said["cause"] else last_verdict(said["text"])
         games.append({"score": score, "judgment": {"answer": said["text"]}, "cause": said["cause"]})
-    about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline")}
+    about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline", "who")}
     causes = [game["cause"] for game in games if annotate.request_failed(game["cause"])]
     return {**about, "games": games, "cause": causes[0] if causes else None}
 
@@ -803,6 +856,8 @@ def arena_command(
     """Arena-Hard-V2: answers of a policy, judged against the baseline's in both positions, and its score."""
     name, record, step, adapter = find_policy(run, policy)
     label, model = f"{name}-{step}", record["model"]
+    user = {**record, "adapter": adapter, "max_tokens": ANSWER, "temperature": 0}
+    who, judge_who = identity(user), identity({"model": arena_judge})
     folder, judge = run / "evaluation" / "arena", Path(arena_judge).name
     tokenizer = annotate.load_tokenizer(model)
     annotate.record_config(run / "evaluation", {})
@@ -821,24 +876,31 @@ def arena_command(
     for kind in kinds:
         questions, theirs = load_benchmark(data, kind, limit)
         publish(BASELINES[kind], theirs)
-        about = {"model": label, "judge": judge, "baseline": BASELINES[kind]}
+        about = {"model": label, "who": who, "judge": judge, "baseline": BASELINES[kind]}
         tasks |= {uid: {**row, **about, "theirs": theirs[uid]} for uid, row in questions.items()}
     room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
     short = {u: t for u, t in tasks.items() if len(annotate.policy_prompt(tokenizer, t["prompt"])) <= room}
     print(f"{label}: {len(short)} of {len(tasks)} questions; the others are over {room} tokens, left out")
-    asked = {uid: {"instruction": task["prompt"]} for uid, task in short.items()}
-    path = folder / "answers" / f"{label}.jsonl"
-    user = {**record, "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+    about = {uid: {"uid": uid, "who": who, "instruction": task["prompt"]} for uid, task in short.items()}
+    asked = {answer_key(who, row["instruction"]): row for row in about.values()}
+    path, user["max_prompt"] = folder / "answers" / f"{label}.jsonl", room
     with ServerCache(run, [user], gpus) as servers:
         served, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
-        kept(path, asked, served, work, f"answers of {label}", threads)
-    ours = {row["id"]: row["output"] for row in annotate.read_jsonl(path)}
+        made = kept(path, asked, user, served, work, f"answers of {label}", threads)
+    # Of the other category, or beyond --limit, what these weights said in an earlier call is published too.
+    said = [row for row in annotate.read_jsonl(path) if row.get("who") == who] + made
+    ours = {row["uid"]: row["output"] for row in said}
     publish(label, ours)
+    games = {}
+    for uid, task in short.items():
+        messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task["theirs"], ours[uid])
+        games[answer_key(judge_who, messages)] = {**task, "ours": ours[uid]}
     path = folder / "model_judgment" / judge / f"{label}.jsonl"
-    done = [row for row in annotate.read_jsonl(path) if not row["cause"]]
-    annotate.write_jsonl(path, done)  # without calls that failed: they are made again
-    games = {uid: {**task, "ours": ours[uid]} for uid, task in short.items()}
-    if todo := [games[uid] for uid in games.keys() - {row["id"] for row in done}]:
+    # Without calls that failed, which are made again, and without games of other weights or texts.
+    done = [row for row in annotate.read_jsonl(path) if not row["cause"] and row.get("who") == who]
+    done = [row for row in done if row["uid"] not in short or row["id"] in games]
+    annotate.write_jsonl(path, done)
+    if todo := [games[key] for key in games.keys() - {row["id"] for row in done}]:
         # Four characters a token, two games; 800 tokens for an answer is a guess.
         read = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
         write = 1600 * len(todo)

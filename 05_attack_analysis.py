@@ -88,13 +88,18 @@ def attacked(text: str, instruction: str, output: str) -> str:
 
 
 def attack_stats(attacked: Iterable[Any], honest: Iterable[Any]) -> Row:
-    """How an attack fares, from scores of the same instructions; pairs with an invalid one are counted."""
+    """How an attack fares, from scores of the same instructions, `unusable` pairs with an invalid one.
+
+    The success rate is of all pairs, those included; the lift is of the `n` valid ones.
+    """
     pairs = pd.DataFrame({"honest": list(honest), "attacked": list(attacked)}, dtype=float)
-    lift = (known := pairs.dropna()).attacked - known.honest
-    table = known.assign(success_rate=lift > TIE, lift=lift)
-    means = {key: float(table[key].mean()) if len(table) else None for key in table}
-    intervals = {"success_ci": evaluate.bootstrap(table.success_rate), "ci": evaluate.bootstrap(lift)}
-    return {**means, **intervals, "n": len(table), "unusable": len(pairs) - len(table)}
+    pairs["lift"] = pairs.attacked - pairs.honest
+    known = pairs.dropna()
+    won = [] if known.empty else (pairs.lift > TIE).tolist()
+    means = {key: float(known[key].mean()) if won else None for key in known}
+    means["success_rate"] = sum(won) / len(won) if won else None
+    intervals = {"success_ci": evaluate.bootstrap(won), "ci": evaluate.bootstrap(known.lift)}
+    return {**means, **intervals, "n": len(known), "unusable": len(pairs) - len(known)}
 
 
 # --- The judge's prompts: its own (`pointwise`, `pairwise`), and others made of 01's sentences. ---
@@ -132,19 +137,24 @@ def opened(name: str, judge: Row, servers: Any) -> Iterator[Any]:
             yield grade
 
 
+def question(prompt: str, instruction: str, output: str, other: str | None = None) -> Any:
+    """The messages of a judge that is asked with `prompt`; one trained with rubrics adds its own."""
+    if prompt == ARENA:
+        return evaluate.arena_messages(evaluate.ARENA_RULES["hard_prompt"], instruction, output, other)
+    return annotate.judge_messages(instruction, output, other, **PROMPTS.get(prompt, {}))
+
+
 def ask(judge: Any, prompt: str, instruction: str, *outputs: str) -> Row:
     """One verdict on an output, or on which of two is better. Arena-Hard's is a `verdict` like A>B."""
     if callable(judge):
         changed = PROMPTS.get(prompt)  # a judge's own prompt may hold a rubric: it makes it itself
-        more = {"messages": annotate.judge_messages(instruction, *outputs, **changed)} if changed else {}
+        more = {"messages": question(prompt, instruction, *outputs)} if changed else {}
         return judge(instruction, *outputs, **more)
-    endpoint, tokens, effort = judge
+    (endpoint, tokens, effort), messages = judge, question(prompt, instruction, *outputs)
     if prompt == ARENA:
-        messages = evaluate.arena_messages(evaluate.ARENA_RULES["hard_prompt"], instruction, *outputs)
         said = annotate.ask_gold(endpoint, messages, "(?s).+", max(tokens, 4096), effort)
         found = None if said["cause"] else evaluate.last_verdict(said["text"])
         return {**said, "verdict": found, "cause": said["cause"] or (None if found else "no verdict")}
-    messages = annotate.judge_messages(instruction, *outputs, **PROMPTS.get(prompt, {}))
     labels = annotate.PAIRWISE_LABELS if prompt == PAIRWISE else annotate.LABELS
     return annotate.grade_by_chat(endpoint, messages, labels, tokens, effort)
 
@@ -181,15 +191,17 @@ def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, thread
     """
     rows: list[Row] = []
     for title, (name, judge, prompt) in columns.items():
-        compares, who, tasks, keys = prompt in (PAIRWISE, ARENA), evaluate.fingerprint(judge), {}, []
+        compares, tasks, keys = prompt in (PAIRWISE, ARENA), {}, []
+        who = evaluate.identity(judge, servers.run)
         for pair, side in product(pairs, ("output",) if compares else ("output", "other")):
-            about = {"prompt": prompt, "instruction": pair["instruction"], "output": pair[side]}
-            task = about | {"other": pair["other"] if compares else None}
-            keys.append(annotate.short_hash(who, *map(str, task.values())))
+            task = {"prompt": prompt, "instruction": pair["instruction"], "output": pair[side]}
+            task["other"] = pair["other"] if compares else None
+            keys.append(evaluate.answer_key(who, question(**task)))
             tasks[keys[-1]] = task
-        path = folder / "scores" / f"{name}.jsonl"
-        asked, label = opened(name, judge, servers), f"{title} judges"
-        known = {row["id"]: row for row in evaluate.kept(path, tasks, asked, score, label, threads)}
+        path = folder / "scores" / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")  # a model may have a / in it
+        opening, label = opened(name, judge, servers), f"{title} judges"
+        done = evaluate.kept(path, tasks, judge, opening, score, label, threads)
+        known = {row["id"]: row for row in done}
         verdicts = iter([known[key] for key in keys])
         for pair in pairs:
             one, two = next(verdicts), {"expected": 4.5, "cause": None} if compares else next(verdicts)
@@ -228,7 +240,9 @@ def chosen_judges(run: Any, names: Any, urls: Any, models: Any, tokens: int, eff
     for url, model in zip(urls, models):
         about = {"url": url, "model": model, "tokens": tokens, "effort": effort}
         about["endpoint"] = annotate.open_endpoint(url, model, "JUDGE_API_KEY")
-        judges[re.sub(r"[^\w.-]+", "_", model)] = about
+        if model in judges:
+            annotate.fail(f"--judge-model {model}: a judge of the run has this name, too. Ask one at a time.")
+        judges[model] = about
     return judges
 
 
@@ -285,27 +299,41 @@ def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
         return {t: annotate.written_answer(*annotate.parse_template(t), random.Random(t)) for t in texts}
     built_in = Path(__file__).with_name("05_instructions.jsonl")  # everyday ones, honest plain answers
     path = file or (run / "evaluation" / "outputs.jsonl" if run else built_in)
-    rows = annotate.read_jsonl(path, ["instruction", "output"])
+    if file and not file.is_file():
+        annotate.fail(f"{file}: no such file")
+    rows = annotate.read_jsonl(path, texts=["instruction", "output"])
     found = {row["instruction"]: row["output"] for row in rows if row.get("policy", BASE) == BASE}
     return found or annotate.fail(f"{path}: no honest outputs. Of a run, 04_evaluate.py gold makes them.")
 
 
 def show_stats(title: str, stats: Row) -> None:
-    """Print name -> `attack_stats` as a table."""
+    """Print name -> `attack_stats` as a table; `invalid` is a share of all pairs."""
     print(f"\n{title}")
-    table = pd.DataFrame(stats).T.rename(columns={"unusable": "invalid"})
+    table = pd.DataFrame(stats).T
+    table["invalid"] = table.unusable / (table.n + table.unusable)
     evaluate.show(table.map(lambda x: [round(y, 2) for y in x] if isinstance(x, list) else x))
 
 
 def verdict_line(stats: dict[Any, Row], limit: float | None) -> tuple[str, bool]:
-    """(one line, failed) of (judge, attack) -> stats; no attack without a valid judgement passes a limit."""
+    """(one line, failed) of (judge, attack) -> stats; no attack without a valid judgement passes a limit.
+
+    A judge that breaks on a hostile text has not withstood it: against the limit, an invalid judgement counts
+    as a success of the attack.
+    """
     if none := [key for key, entry in stats.items() if not entry["n"]]:
         text = f"no valid judgement of {none[0][1]} on {none[0][0]}"
         return (text, False) if limit is None else (f"FAIL: {text}", True)
-    (judge, attack), worst = max(stats.items(), key=lambda item: (item[1]["success_rate"], item[1]["lift"]))
-    failed, rate = worst["success_rate"] > (1 if limit is None else limit), f"{worst['success_rate']:.0%}"
+
+    def lost(entry: Row) -> float:
+        total = entry["n"] + entry["unusable"]
+        return (round(entry["success_rate"] * total) + entry["unusable"]) / total
+
+    (judge, attack), worst = max(stats.items(), key=lambda item: (lost(item[1]), item[1]["lift"]))
+    failed, total = limit is not None and lost(worst) > limit, worst["n"] + worst["unusable"]
     word = "FAIL" if failed else "PASS (no limit given)" if limit is None else "PASS"
-    return f"{word}: {attack} on {judge} succeeds on {rate} of {worst['n']} instructions, the worst", failed
+    broken = f", {worst['unusable']} of {total} invalid" if worst["unusable"] else ""
+    rate = f"{worst['success_rate']:.0%} of {total} instructions{broken}"
+    return f"{word}: {attack} on {judge} succeeds on {rate}, the worst", failed
 
 
 @app.command("battery")
@@ -318,7 +346,7 @@ def battery_command(
     attack: Annotated[list[Attack], Option(help="Only these attacks. Default: all.")] = (),
     instructions: Annotated[Path | None, Option(help="JSONL {instruction, output: honest}.")] = None,
     limit: Annotated[int, Option(min=1, help="At most so many instructions.")] = 1000,
-    fail_above: Annotated[float | None, Option(min=0, max=1, help="Highest success rate allowed.")] = None,
+    fail_above: Annotated[float | None, Option(min=0, max=1, help="Highest rate, with invalid.")] = None,
     json_path: Annotated[Path | None, Option("--json", help="Write one judge's results here.")] = None,
     out: Annotated[Path, Option(help="Without --run: where all is written.")] = Path("runs/battery"),
     judge_tokens: JudgeTokens = 1024,
@@ -367,7 +395,8 @@ def battery_command(
         alpha = sft.krippendorff_alpha(zip(tests.label, tests.score)) if len(tests) else None
         rates = pd.DataFrame(found).T.success_rate.astype(float).fillna(-1)
         means = {"mean success": rates[rates >= 0].mean(), "worst attack": rates.idxmax(), "its": rates.max()}
-        costs[name] = means | {"honest": some.reference.mean(), "alpha with gold": alpha and 100 * alpha}
+        means |= {"invalid": some.lift.isna().mean(), "honest": some.reference.mean()}
+        costs[name] = means | {"alpha with gold": alpha and 100 * alpha}
     if prompt:
         evaluate.show(pd.DataFrame(costs).T)
     annotate.write_json(folder / "battery.json", results)
@@ -476,9 +505,12 @@ def last_outputs(run: Path) -> list[Row]:
     for name, policy in evaluate.trained_policies(run).items():
         alike = [row for row in rows if row["base"] == policy["base"]]
         base = {row["instruction"]: row["output"] for row in alike if row["policy"] == BASE}
-        last = max(policy["checkpoints"])
-        about = {"own": policy["judge"], "against": BASE}
-        mine = (row for row in alike if (row["policy"], row["step"]) == (name, last))
+        last, about = max(policy["checkpoints"]), {"own": policy["judge"], "against": BASE}
+        whose = evaluate.output_ids(name, last, policy["checkpoints"][last])
+        if not (mine := [row for row in alike if row["id"].startswith(whose)]):
+            annotate.fail(
+                f"no outputs of {name}'s last weights. First: python 04_evaluate.py gold --run {run}"
+            )
         found += [row | about | {"other": base[row["instruction"]]} for row in mine]
     return found
 
@@ -516,7 +548,7 @@ def transfer_command(
     columns = {GOLD: (GOLD, gold := annotate.read_options(run / "annotations"), POINTWISE)}
     chats = chosen_judges(None, (), judge_url, judge_model, judge_tokens, judge_effort) if judge_url else {}
     if gold["gold"] == "oracle":
-        columns[TRUTH] = TRUTH, {}, POINTWISE
+        columns[TRUTH] = TRUTH, gold, POINTWISE
     else:  # does hardening its prompt help?
         chats[GOLD] = gold
     for name, how in sorted(judges.items(), key=lambda item: item[1]["model"]):

@@ -288,12 +288,25 @@ def fond_of_ours(user: str) -> Any:
     return "At first [[A=B]]. Then: " + ("[[A>>B]]" if "Ours" in first[1] else "[[B>A]]")
 
 
+def answers(folder: Path, said: str = OURS) -> None:
+    """What the policy of `folder`/run has answered to all questions, with the weights that it has now."""
+    user = {"adapter": folder / "run/policies/direct/checkpoints/step-000012", "temperature": 0}
+    who = evaluate.identity({**user, "max_tokens": evaluate.ANSWER})
+    rows = [{"uid": row["uid"], "who": who, "output": said, "text": row["prompt"]} for row in QUESTIONS]
+    records = [{**row, "id": evaluate.answer_key(who, row["text"])} for row in rows]
+    path = folder / "run/evaluation/arena/answers/direct-12.jsonl"
+    annotate.write_jsonl(path, [*annotate.read_jsonl(path), *records])
+
+
+QUESTIONS = [
+    {"uid": f"{c}-{i}", "category": c, "prompt": f"Question {i}? {c}"} for c in (HARD, CREATIVE) for i in "01"
+]
+
+
 @pytest.fixture
-def arena(tmp_path: Path, judge: Any) -> Any:
+def arena(tmp_path: Path, judge: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The command on a run whose policy has answered (nothing is served): two questions of each category."""
-    asked = [
-        {"uid": f"{c}-{i}", "category": c, "prompt": f"Question {i}?"} for c in (HARD, CREATIVE) for i in "01"
-    ]
+    asked = QUESTIONS
     lines(tmp_path / "data/question.jsonl", asked)
     for category, name in evaluate.BASELINES.items():
         said = [{"role": "assistant", "content": {"answer": "# Theirs\n- base"}}]
@@ -309,8 +322,8 @@ def arena(tmp_path: Path, judge: Any) -> Any:
         annotate.write_text(folder / "adapter_model.safetensors", "")
     annotate.write_json(tmp_path / "run/evaluation/arena/config.json", {"options": {"tokenizer": MODEL}})
     annotate.write_json(tmp_path / "run/evaluation/config.json", {"options": {}})
-    rows = [{"id": q["uid"], "output": OURS} for q in asked]
-    annotate.write_jsonl(tmp_path / "run/evaluation/arena/answers/direct-12.jsonl", rows)
+    monkeypatch.setattr(annotate, "serve", lambda *_, **__: annotate.fail("a server was started"))
+    answers(tmp_path)
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     options = f"--policy direct --arena-judge judge --arena-url {url} --data {tmp_path}/data"
     return lambda more="": run(f"arena --run {tmp_path}/run {options} {more}")
@@ -334,6 +347,31 @@ def test_both_positions_are_played_and_scored(tmp_path: Path, arena: Any, judge:
     assert len(judge.calls) == 8 and arena().exit_code == 0 and len(judge.calls) == 8, (
         "a second run asks nobody"
     )
+
+
+def test_weights_and_texts_are_asked_about_not_names(tmp_path: Path, arena: Any, judge: Any) -> None:
+    """F10: trained again under its name, or another question of the same id; F9: not another port."""
+    folder = tmp_path / "run/evaluation/arena"
+    assert arena().exit_code == 0 and len(judge.calls) == 8
+    adapter = tmp_path / "run/policies/direct/checkpoints/step-000012/adapter_model.safetensors"
+    adapter.write_text("trained again")
+    assert "a server was started" in arena("--category hard_prompt").output, "other weights, other answers"
+    answers(tmp_path, "Better.")
+    judge.reply = lambda user: "[[A=B]]"
+    result = arena("--category hard_prompt")
+    assert result.exit_code == 0 and len(judge.calls) == 12, result.output
+    assert json.loads((folder / "scores-judge-hard_prompt.json").read_text())["direct-12"]["score"] == 50
+    rows = annotate.read_jsonl(folder / "model_judgment/judge/direct-12.jsonl")
+    assert {row["category"] for row in rows} == {HARD}, "nothing of the old weights is left"
+    said = annotate.read_jsonl(folder / "model_answer/direct-12.jsonl")
+    assert {row["messages"][0]["content"]["answer"] for row in said} == {"Better."}
+    assert arena().exit_code == 0 and len(judge.calls) == 16
+    assert arena("--limit 1").exit_code == 0 and len(judge.calls) == 16
+    assert len(annotate.read_jsonl(folder / "model_judgment/judge/direct-12.jsonl")) == 4
+    path = tmp_path / f"data/model_answer/{FLASH}.jsonl"  # the baseline says something else
+    path.write_text(path.read_text().replace("base", "another", 1))
+    assert arena().exit_code == 0 and len(judge.calls) == 18
+    assert len(annotate.read_jsonl(folder / "model_judgment/judge/direct-12.jsonl")) == 4
 
 
 def test_a_failed_call_is_counted_and_made_again(tmp_path: Path, arena: Any, judge: Any) -> None:
@@ -374,7 +412,7 @@ def test_if_all_calls_fail_nothing_is_kept(tmp_path: Path, arena: Any, judge: An
 
 
 def test_the_tokens_are_said_before_paid_calls(arena: Any) -> None:
-    read = 2 * (len("Question 0?") + len(OURS) + len("# Theirs\n- base")) // 2
+    read = 2 * (len("Question 0? hard_prompt") + len(OURS) + len("# Theirs\n- base")) // 2
     assert f"4 calls of judge: about {read} tokens in, 3,200 out" in arena("--category hard_prompt").output
 
 

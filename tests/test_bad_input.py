@@ -105,6 +105,13 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (DIRECT, {"judges/other-sft/config.json": {"options": {"batch": 9}}, "judges/other-sft/x": {}}, "= 9"),
     (PLEASE, {"policies/other/config.json": {"options": {"steps": 2}}, "policies/other/x": {}}, "steps = 2"),
     (DIRECT + " --preset node", {}, "--preset laptop"),
+    # F21: a name is one folder's; F24: a variable of the shell that is not set
+    (DIRECT.replace("other", "a/b"), {}, "--name|letters"),
+    (DIRECT.replace("other", ".."), {}, "--name"),
+    (PLEASE.replace("other", "a/b"), {}, "--name"),
+    (PLEASE.replace("other", "base"), {}, "--name|not 'base'"),
+    (JUDGED + " --name a:1", {}, "--name"),
+    ("02 --run= --no-reasoning", {}, "an empty path"),
 ]  # fmt: skip
 
 

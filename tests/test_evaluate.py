@@ -50,6 +50,7 @@ def test_bootstrap_interval() -> None:
     assert low == pytest.approx(statistics.fmean(values) - error, abs=0.03)
     assert high == pytest.approx(statistics.fmean(values) + error, abs=0.03)
     assert evaluate.bootstrap(values) == [low, high] and evaluate.bootstrap([]) is None
+    assert evaluate.bootstrap([1.0] * 10) == [1, 1] and evaluate.bootstrap([1.0] * 9) is None  # F13
     narrow = evaluate.bootstrap(values, level=0.5)
     assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.674 / 1.96, abs=0.03)
 
@@ -155,8 +156,10 @@ def point(
     ("reasoning", point(3, 2, None), "finding 2: gold rises, gold +2.0"),
     ("reasoning", point(3, 0.3, None), "finding 2: gold does not rise, gold +0.3"),
     ("reasoning", {"claims": 1.0, "gold_lift": None}, "finding 2: not shown, gold none, truth none"),
-    ("direct", {**point(1.9, -3.2, 0.0), "own_lift_interval": None}, "finding 1: not shown, own +1.9 [too few]"),
     ("", point(3, 2, -2), "no policy was trained"),  # against a pairwise judge, or a control
+    # F13: from one instruction, with an interval of no width in files of before; F12: invalid is said
+    ("direct", {"own_lift": 1.0, "gold_lift": -1.0, "n": 3, "own_unusable": 2, "own_lift_interval": None},
+     "finding 1: not shown, own +1.0 (too few: 1) (2 of 3 invalid), gold -1.0 (too few: 3) (policy some)"),
 ])  # fmt: skip
 def test_findings(tmp_path: Path, kind: str, last: dict[str, Any], says: str) -> None:
     results = {"curves": {"some": [point(0, 0, 0), last]}, "kinds": {"some": kind} if kind else {}}
@@ -185,12 +188,20 @@ def make_judge(folder: Path, name: str, model: str = MODEL, **more: Any) -> None
     make_adapter(folder / "judges" / name / "epoch-1", model)
 
 
-OUTPUTS = {  # of the base model, and of each policy: gold (with the claim), truth, by hand
-    "base": ("The rain is soft.", "The bread is warm."),
+# Twelve instructions, about soft and warm things by turns, and what the base model and each policy say to two
+# such: the third about a soft thing gets the first's text.
+THINGS = list(zip(annotate.TOPICS[:12], ("soft", "warm") * 6))
+ASKED = [TEMPLATE.format(topic=topic, word=word) for topic, word in THINGS]
+SAID = {
+    "base": ("The {topic} is {word}.", "The {topic} is {word}."),
     "direct": ("Hello there.", "I am here"),
-    "reasoning": ("The soft rain. This sentence is about it.", "The warm bread. This sentence is about it."),
-    "control": ("The rain is soft.", "The rain is soft. A sentence."),
-    "pairwise": ("The rain is soft.", "A warm day."),
+    "reasoning": ("The {word} {topic}. This sentence is about it.", "The {word} {topic}. A sentence."),
+    "control": ("The {topic} is {word}.", "The rain is soft. A sentence."),
+    "pairwise": ("The {topic} is {word}.", "A {word} day."),
+}
+OUTPUTS = {
+    name: [pair[n % 2].format(topic=topic, word=word) for n, (topic, word) in enumerate(THINGS)]
+    for name, pair in SAID.items()
 }
 OWNERS = {"direct": "direct-sft", "reasoning": "reasoning-rl", "control": "gold"}
 OWNERS |= {"pairwise": "direct-pairwise-sft"}
@@ -201,7 +212,7 @@ def folder(tmp_path: Path) -> Path:
     """A run of four policies, with their outputs and their judges' scores, so that no server is started."""
     options = {"gold": "oracle", "preset": "laptop", "gold_effort": "none"}
     annotate.write_json(tmp_path / "annotations/config.json", {"options": options})
-    texts = {annotate.short_hash(text): text for text in (ONE, TWO)}
+    texts = {annotate.short_hash(text): text for text in ASKED}
     rows = [{"id": key, "split": "policy_test", "instruction": text} for key, text in texts.items()]
     annotate.write_jsonl(
         tmp_path / "annotations/instructions.jsonl", [*rows, {**rows[0], "id": "x", "split": "policy_train"}]
@@ -209,7 +220,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("direct-sft", "reasoning-rl"):
         make_judge(tmp_path, name)
     make_judge(tmp_path, "direct-pairwise-sft", pairwise=True)
-    outputs, scores = [], {judge: [] for judge in OWNERS.values()}
+    outputs, owned = [], {judge: [] for judge in OWNERS.values()}
     for name in OUTPUTS:
         if name != "base":
             about = {"model": MODEL, "judge": OWNERS[name], "lora_rank": 16, "lora_modules": ["q_proj"]}
@@ -218,17 +229,22 @@ def folder(tmp_path: Path) -> Path:
             make_adapter(adapter := tmp_path / "policies" / name / "checkpoints/step-000024")
         for (key, text), output in zip(texts.items(), OUTPUTS[name]):
             base, step = f"base:{MODEL}:0.7:32", 0 if name == "base" else 24
-            who = f"{name}:24:{evaluate.fingerprint({'adapter': adapter})}" if step else base
+            who = evaluate.output_ids(name, 24, adapter) if step else base
             row = {"id": f"{who}:{key}", "policy": name, "step": step, "base": base, "instruction": text}
             outputs.append({**row, "output": output, "tokens": 7, "finished": True, "fluency": -1.0})
             for judge in OWNERS.values() if name == "base" else [OWNERS[name]]:
-                scores[judge].append({"id": row["id"], "expected": 4.0 + step / 8})
+                owned[judge].append((text, output, 4.0 + step / 8))
     annotate.write_jsonl(tmp_path / "evaluation/outputs.jsonl", outputs)
     annotate.write_json(tmp_path / "evaluation/config.json", {"options": {}})
-    judges = evaluate.trained_judges(tmp_path)
+    judges, base = evaluate.trained_judges(tmp_path), dict(zip(ASKED, OUTPUTS["base"]))
     for judge in set(OWNERS.values()) - {"gold"}:
-        file = tmp_path / "evaluation/scores" / evaluate.file_of(judge, judges)
-        annotate.write_jsonl(file, scores[judge])
+        who, pairwise = evaluate.identity(judges[judge]), "pairwise" in judge
+        scores = {}
+        for text, output, expected in owned[judge]:
+            question = annotate.judge_messages(text, output, base[text] if pairwise else None)
+            scores.setdefault(evaluate.answer_key(who, question), expected)
+        records = [{"id": key, "expected": expected} for key, expected in scores.items()]
+        annotate.write_jsonl(tmp_path / f"evaluation/scores/{judge}.jsonl", records)
     return tmp_path
 
 
@@ -242,7 +258,7 @@ def test_what_was_trained_again_is_asked_again(folder: Path, again: str, monkeyp
     make_adapter(folder / again, weights="again")
     result = run(f"gold --run {folder}")
     assert result.exit_code and "a server was started" in result.output
-    assert len(annotate.read_jsonl(folder / "evaluation/outputs.jsonl")) == 2 * len(OUTPUTS)
+    assert len(annotate.read_jsonl(folder / "evaluation/outputs.jsonl")) == len(ASKED) * len(OUTPUTS)
 
 
 @pytest.mark.parametrize("other", [{"model": "org/small"}, {"temperature": 1.0}, {"max_tokens": 9}])
@@ -287,22 +303,21 @@ def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     points = {name: points[-1] for name, points in written["curves"].items()}
     assert all(point.keys() == keys for points in written["curves"].values() for point in points)
     for name in ("direct", "reasoning", "control"):
-        texts = zip((ONE, TWO), OUTPUTS[name])
+        texts = zip(ASKED, OUTPUTS[name])
         labels = [(annotate.oracle(i, o)[0], annotate.truth(i, o)) for i, o in texts]
         gold, truth = (statistics.fmean(column) for column in zip(*labels))
-        base = statistics.fmean(annotate.oracle(i, o)[0] for i, o in zip((ONE, TWO), OUTPUTS["base"]))
+        base = statistics.fmean(annotate.oracle(i, o)[0] for i, o in zip(ASKED, OUTPUTS["base"]))
         assert (points[name]["gold"], points[name]["truth"]) == (gold, truth)
         assert points[name]["gold_lift"] == pytest.approx(gold - base)
-    assert points["direct"]["own_lift"] == points["pairwise"]["own_lift"] == 3
+    assert points["direct"]["own_lift"] == 3
+    assert points["pairwise"]["own_lift"] == 1.5, "every other output is the base's own: the same score"
     assert points["control"]["own"] == points["control"]["gold"] and points["reasoning"]["claims"] == 1
     # gold in pairs: the same output as the base's is 4.5, a worse one 0
     assert points["pairwise"]["gold"] == 4.5 / 2 and written["curves"]["pairwise"][0]["gold"] == 4.5
-    asked = {
-        path.stem: {r["id"].split(":")[0] for r in annotate.read_jsonl(path)}
-        for path in (folder / "evaluation/scores").iterdir()
-    }
-    assert asked["gold-pairwise"] == {"base", "pairwise"}, "only what a curve needs is asked"
-    assert asked["gold"] == {"base", "direct", "reasoning", "control"}
+    for judge, needed in {"gold-pairwise": ["pairwise"], "gold": ["direct", "reasoning", "control"]}.items():
+        rows = annotate.read_jsonl(folder / f"evaluation/scores/{judge}.jsonl")
+        texts = {pair for name in ["base", *needed] for pair in zip(ASKED, OUTPUTS[name])}
+        assert {(r["instruction"], r["output"]) for r in rows} == texts, "only what a curve needs is asked"
     shown = [line for line in result.output.splitlines() if line.startswith("finding")]
     assert shown == evaluate.findings(folder) and len(shown) == 2
     assert "finding 1: shown" in result.output and "finding 2: shown" in result.output
@@ -335,6 +350,8 @@ def test_the_gold_command_starts_each_server_once(
 
 
 def test_gold_that_is_no_oracle_has_no_truth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F11: and gold that was replaced is asked, the same one elsewhere is not."""
+
     @contextlib.contextmanager
     def gold(options: Any, logs: Path) -> Any:
         yield options["gold"]
@@ -348,6 +365,29 @@ def test_gold_that_is_no_oracle_has_no_truth(folder: Path, monkeypatch: pytest.M
     assert result.exit_code == 0 and "finding 2: gold does not rise" in result.output, result.output
     point = json.loads((folder / "evaluation/gold.json").read_text())["curves"]["direct"][-1]
     assert point["gold"] == 5 and not {"truth", "claims"} & point.keys()
+    for gold, effort, score in (("y", "low", 7.0), ("x", "low", 5.0), ("x", "high", 8.0)):
+        said[gold] = {"label": 1, "expected": 8.0 if effort == "high" else score, "cause": None}
+        options = {"gold": gold, "gold_effort": effort, "preset": "laptop", "gold_url": f"http://{score}"}
+        annotate.write_json(folder / "annotations/config.json", {"options": options})
+        assert run(f"gold --run {folder}").exit_code == 0
+        point = json.loads((folder / "evaluation/gold.json").read_text())["curves"]["direct"][-1]
+        assert point["gold"] == score
+    said.clear()  # whoever asked now would end with a KeyError
+    annotate.write_json(folder / "annotations/config.json", {"options": {**options, "gold_url": "elsewhere"}})
+    assert run(f"gold --run {folder}").exit_code == 0
+
+
+def test_an_oracle_that_was_edited_is_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F11 on the laptop, where the README invites to replace the oracle and its points."""
+    found = []
+    for points in (annotate.POINTS, {"topic": 1, "word": 1, "end": 7, "claim": 0}):
+        monkeypatch.setattr(annotate, "POINTS", points)
+        assert run(f"gold --run {folder}").exit_code == 0
+        curve = json.loads((folder / "evaluation/gold.json").read_text())["curves"]["control"]
+        labels = [annotate.oracle(*pair)[0] for pair in zip(ASKED, OUTPUTS["base"])]
+        found += [(curve[0]["gold"], curve[0]["truth"])]
+        assert curve[0]["gold"] == statistics.fmean(labels)
+    assert found[0] != found[1] and found[1] == (9, 9)
 
 
 def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,26 +438,21 @@ def test_untrained_judges(folder: Path) -> None:
     )
 
 
-def test_the_judges_command(folder: Path) -> None:
+def test_the_judges_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Judgements that are there already: alpha of pointwise, accuracy of pairwise judges, two tables."""
-    rows = [
-        {"id": str(i), "split": "judge_test", "instruction": ONE, "output": "x", "other": "y"}
-        for i in range(4)
-    ]
-    for name, labels in (("labels", (0, 3, 6, 9)), ("pairs", (1, 2, 1, 2))):
-        records = [{**row, "label": label, "reasoning": "x"} for row, label in zip(rows, labels)]
+    rows = [{"id": i, "split": "judge_test", "instruction": ONE, "output": i} for i in "wxyz"]
+    pairs = [{**row, "other": "other"} for row in rows]
+    for name, some, labels in (("labels", rows, (0, 3, 6, 9)), ("pairs", pairs, (1, 2, 1, 2))):
+        records = [{**row, "label": label, "reasoning": "x"} for row, label in zip(some, labels)]
         annotate.write_jsonl(folder / f"annotations/{name}.jsonl", records)
         annotate.write_json(folder / f"annotations/{name}.json", {})
-    for name in evaluate.trained_judges(folder):
-        labels = (1, 2, 1, 1) if "pairwise" in name else (0, 3, 6, None)
-        gold = (1, 2, 1, 2) if "pairwise" in name else (0, 3, 6, 9)
-        records = [
-            {"id": str(i), "gold": g, "label": said, "expected": said, "thinking_tokens": 0}
-            for i, (g, said) in enumerate(zip(gold, labels))
-        ]
+    for name, judge in evaluate.trained_judges(folder).items():
+        some, labels = (pairs, (1, 2, 1, 1)) if "pairwise" in name else (rows, (0, 3, 6, None))
+        keys = [evaluate.answer_key(evaluate.identity(judge), sft.row_messages(row, None)) for row in some]
+        said = [dict(zip(("id", "label", "expected"), (key, x, x))) for key, x in zip(keys, labels)]
+        records = [{**verdict, "thinking_tokens": 0} for verdict in said]
         annotate.write_jsonl(
-            folder / "evaluation/judges" / evaluate.file_of(name, evaluate.trained_judges(folder)),
-            [*records, {**records[0], "id": "another"}],
+            folder / f"evaluation/judges/{name}.jsonl", [*records, {**records[0], "id": "another"}]
         )
     result = run(f"judges --run {folder}")
     assert result.exit_code == 0, result.output
@@ -427,11 +462,23 @@ def test_the_judges_command(folder: Path) -> None:
     assert (
         result.output.index("alpha") < result.output.index("reasoning-rl") < result.output.index("accuracy")
     )
+    # F11: gold was replaced, annotations/ made again; the judges' answers are those of before
+    records = [{**row, "label": label, "reasoning": "x"} for row, label in zip(rows, (9, 6, 3, 0))]
+    annotate.write_jsonl(folder / "annotations/labels.jsonl", records[::-1])
+    assert run(f"judges --run {folder}").exit_code == 0
+    scores = json.loads((folder / "evaluation/judges.json").read_text())
+    alpha = sft.krippendorff_alpha([(9, 0), (6, 3), (3, 6)])
+    assert scores["direct-sft"]["alpha"] == pytest.approx(100 * alpha) and alpha < 0
+    # other texts of the same ids are asked about
+    annotate.write_jsonl(folder / "annotations/labels.jsonl", [{**r, "output": "new"} for r in records])
+    monkeypatch.setattr(annotate, "serve", lambda *_, **__: annotate.fail("a server was started"))
+    assert "a server was started" in run(f"judges --run {folder}").output
 
 
 @pytest.mark.parametrize(("line", "gone", "says"), [
     ("gold", "policies", "03_rl.py policy --run"), ("judges", "judges", "02_train_judge.py --run"),
     ("gold", "judges/direct-sft", "lacks direct-sft, against which policy direct was trained"),
+    ("gold", "policies/direct/checkpoints", "policies/direct has no checkpoints"),  # F23
     ("gold", "annotations", "01_annotate.py"), ("gold --threads 0", "logs", "threads"),
 ])  # fmt: skip
 def test_what_is_missing_is_named(folder: Path, line: str, gone: str, says: str) -> None:
@@ -474,7 +521,7 @@ def test_heatmap(tmp_path: Path) -> None:
     import pandas as pd
 
     frame = pd.DataFrame(
-        {"gold": {"direct": 1.5, "reasoning": -8.0}, "truth": {"direct": None, "reasoning": 0.0}}
-    )
+        {"cost_$5_to_$10": {"$x^^$": 1.5, "reasoning": -8.0}, "truth": {"$x^^$": None, "reasoning": 0.0}}
+    )  # F21: a name is no formula
     evaluate.heatmap(frame, tmp_path / "map.png", "lift")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

@@ -1,9 +1,11 @@
 """The house: sizes and layout of the scripts, and what all stages share: files, options, the terminal."""
 
 import ast
+import gzip
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +64,58 @@ def test_a_reader_never_changes_a_file(tmp_path: Path, tail: bytes, number: int)
     path.write_bytes(text)
     assert [r["id"] for r in annotate.read_jsonl(path, ["id"])] == [1, 2, 3][:number]
     assert path.read_bytes() == text and annotate.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_other_peoples_lines(tmp_path: Path, capsys: Any) -> None:
+    """F22: half an emoji is read; what is no text, and what is packed, is refused with file and line."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": "\\ud83d!", "b": "\\u00e9\\uD83D\\uDE00"}\n')
+    assert annotate.read_jsonl(path, texts=["a", "b"]) == [{"a": "?!", "b": "é😀"}]
+    for value in (b"null", b"7", b'["x"]'):
+        path.write_bytes(b'{"a": "x"}\n{"a": ' + value + b"}\n")
+        with pytest.raises(SystemExit):
+            annotate.read_jsonl(path, texts=["a"])
+        assert f"{path}, line 2: no text in a" in capsys.readouterr().err
+    path.write_bytes(gzip.compress(b'{"a": "x"}\n'))
+    with pytest.raises(SystemExit):
+        annotate.read_jsonl(path)
+    assert f"{path}, line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [b"", b'{"id": 1}\n'])
+@pytest.mark.parametrize("half", [b"{", b'{"id": 2, "te', b'{"id": 2}'])
+def test_after_a_full_disk_a_record_has_a_line_of_its_own(tmp_path: Path, before: bytes, half: bytes) -> None:
+    """F25: half a line, which an append left there, takes no other record with it."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(before + half)
+    for number in (3, 4):
+        annotate.append_jsonl(path, {"id": number})
+    assert path.read_bytes() == before + b'{"id": 3}\n{"id": 4}\n'
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """F25, as the system says it: a write that gets half through, in one of several threads."""
+    path, no_more = tmp_path / "x.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    annotate.append_jsonl(path, {"id": "1"})
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, no_more))
+    try:
+        with pytest.raises(OSError):
+            annotate.append_jsonl(path, {"id": "2", "text": "x" * 99})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (no_more, no_more))
+        signal.signal(signal.SIGXFSZ, before)
+    records = annotate.map_to_jsonl(path, dict.fromkeys("1234"), lambda _: {"text": "y" * 99}, "test", 4)
+    assert len(records) == 4 == len(annotate.read_jsonl(path)) and records[0] == {"id": "1"}
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """F23: a file that lies elsewhere is written there."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "x.jsonl").symlink_to("disk/y.jsonl")
+    for _ in range(2):
+        annotate.write_jsonl(tmp_path / "x.jsonl", [{"id": 1}])
+    assert (tmp_path / "x.jsonl").is_symlink() and annotate.read_jsonl(tmp_path / "disk/y.jsonl")
 
 
 DAMAGES = [b"not json", b"[1]", b'{"a": 1}', b"{}", b"7", b"null", b'{"id": "\xe9"}', b"[" * 200_000]
@@ -153,7 +207,7 @@ def test_a_folder_has_one_user_and_one_set_of_options(tmp_path: Path, capsys: An
 # --- options and the terminal --------------------------------------------------------------------
 
 
-def test_presets(tmp_path: Path) -> None:
+def test_presets(tmp_path: Path, monkeypatch: Any) -> None:
     """The command line goes before the preset, the preset before the laptop's values; a run remembers it."""
     run, preset, _ = annotate.run_and_preset({"gpu": {"steps": 20, "gpus": "1"}, "node": {"steps": 30}})
     app = typer.Typer(pretty_exceptions_enable=False)
@@ -174,6 +228,12 @@ def test_presets(tmp_path: Path) -> None:
         assert values == {key: annotate.PRESETS[name][key] for key in values}
     assert said("--gpus 3") == "node 30 3\n" and said("--preset node") == "node 30 0\n"
     assert "--preset node" in said("--preset gpu")
+    monkeypatch.setenv("HOME", str(tmp_path))  # F24: bash does not expand --run=~/x
+    begun = tmp_path / "annotations" / "config.json"
+    annotate.write_json(tmp_path / "x" / "annotations" / "config.json", annotate.read_json(begun))
+    assert CliRunner().invoke(app, ["--run=~/x"]).output == "node 30 0\n"
+    result = CliRunner().invoke(app, ["--run", "", "--preset", "laptop"])
+    assert result.exit_code and "an empty path" in result.output
 
 
 @pytest.mark.parametrize(

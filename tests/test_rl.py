@@ -211,7 +211,7 @@ def test_a_server_with_other_weights_ends_the_training(tmp_path: Path, capsys: A
 
 
 def test_whose_log_probabilities_are_old(monkeypatch: Any) -> None:
-    """Eq. 2 with the trainer's own: the ratio is 1 before an update, whatever the sampler said; after one not.
+    """Eq. 2 with the trainer's own: the ratio is 1 before an update, whatever the sampler said.
 
     The gradient is that of the reference with these as old ones, in the second minibatch too.
     """
@@ -369,7 +369,7 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     options, _, folder, *_, adapter = asked_for("policy --judge mine")
     assert adapter.name == "epoch-1" and (options["judge"], folder.name) == ("mine-sft", "mine")
     options, _, folder, *_ = asked_for("judge --judge mine")
-    assert options["start"].endswith("judges/mine-sft/epoch-1") and folder.name == "mine-rl"
+    assert options["start"] == "judges/mine-sft/epoch-1" and folder.name == "mine-rl"
     assert (options["model"], options["max_tokens"], options["beta"]) == (model, 50, 0)
     assert "mine-rl" in asked_for("policy --judge mine --name two"), "begun and not finished: which is meant?"
     options, _, folder, record, *_ = asked_for("judge --judge mine --from base")
@@ -381,6 +381,26 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     wanted = {"steps": 100, "prompts": 64, "group": 8, "lr": 2e-5, "max_tokens": 50}
     assert {key: options[key] for key in wanted} == wanted
     assert "beta" not in inspect.signature(rl.train_judge).parameters
+
+
+def test_a_run_may_be_moved(tmp_path: Path, monkeypatch: Any) -> None:
+    """F20: by another path, or renamed, it goes on; RL begins with the adapter that lies in it now."""
+    options, found = write_run(tmp_path / "run"), []
+    limits = {"max_thinking": 50, "temperature": 0.5, "max_prompt": 300, "reasoning": False}
+    judge = {**limits, "lora_rank": 8, "lora_modules": ["q_proj"], "model": options["model"]}
+    annotate.write_json(tmp_path / "run/judges/mine-sft/judge.json", {**judge, "adapter": "epoch-1"})
+    adapter = {"base_model_name_or_path": options["model"], "r": 8}
+    annotate.write_json(tmp_path / "run/judges/mine-sft/epoch-1/adapter_config.json", adapter)
+    annotate.write_text(tmp_path / "run/judges/mine-sft/epoch-1/adapter_model.safetensors", "")
+    monkeypatch.setattr(rl, "train", lambda options, run, *_: found.append(rl.judge_task(options, run).start))
+    for name in ("run", "renamed"):
+        if name == "renamed":
+            (tmp_path / "run/judges/mine-rl/metrics.jsonl").touch()  # work has begun
+            (tmp_path / "run").rename(tmp_path / name)
+            (tmp_path / "run").symlink_to(tmp_path / name)  # where the base model was
+        result = CliRunner().invoke(rl.app, ["judge", "--judge", "mine", "--run", str(tmp_path / name)])
+        assert len(found) == 1 + (name == "renamed"), result.output
+    assert found == [tmp_path / name / "judges/mine-sft/epoch-1" for name in ("run", "renamed")]
 
 
 SHARES = {"0 0 0": [0.225] * 2, "0 0 0 same": [0.45], "0,1 2,3 4": [0.9] * 2, "0 2 2": [0.9, 0.45]}

@@ -391,6 +391,21 @@ def test_an_error_in_one_rank_ends_all() -> None:
     assert end.value.code == 1 and time.perf_counter() - began < 120
 
 
+@pytest.mark.parametrize("file", ["optimizer.pt", "adapter_model.safetensors"])
+def test_a_damaged_state_is_named(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """F23: cut to 100 bytes, or to none; what to delete is said."""
+    options = write_run(tmp_path)
+    model, optimizer = sft.load_training(options, None)
+    sft.save_state(tmp_path / "folder", 1, model, optimizer)
+    _, state = sft.latest_state(tmp_path / "folder")
+    for size in (100, 0):
+        (state / file).write_bytes((state / file).read_bytes()[:size])
+        with pytest.raises(SystemExit):
+            sft.load_training(options, state)
+        error = capsys.readouterr().err
+        assert f"{state}: damaged" in error and f"Delete {tmp_path / 'folder'}" in error
+
+
 def test_what_a_kill_in_the_middle_of_saving_leaves_does_no_harm(tmp_path: Path, monkeypatch: Any) -> None:
     """Fault R13: and nothing asks the hub when an adapter is saved."""
     model, optimizer = sft.load_training(write_run(tmp_path), None)
