@@ -2,17 +2,23 @@
 
 The path of a request says what happens to it: URL/AFTER/MODE/v1/… answers the first AFTER chat requests well
 and the others in MODE. The key is `secret`, the model `gold`; its label is the length of the prompt mod 10,
-of two answers the first.
+of two answers the first; to an instruction of 05_instructions.jsonl it knows the right answer (9, else 0), so
+that it passes as gold.
 """
 
 import json
+import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+PLAIN = Path(__file__).parents[1] / "05_instructions.jsonl"
+KNOWN = {row["instruction"]: row["output"] for row in map(json.loads, PLAIN.read_text().splitlines())}
 
 REFUSES_NAMES = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
 
@@ -41,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = self.server.asked[self.path] = self.server.asked[self.path] + 1
             self.server.bodies.append(body)
-        good = 200, chat("1" if "[answer 1 " in text else str(len(text) % 10))
+        right = [KNOWN[instruction] for instruction in KNOWN if instruction in text]
+        label = 9 * (right[0] in text) if right else len(text) % 10
+        good = 200, chat("1" if "[answer 1 " in text else str(label))
         if number <= int(after):
             return self.reply(*good)
         refused = {"error": {"message": "content filter"}}
@@ -59,6 +67,10 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(codes[mode], refused)
             case "names" if "max_tokens" in body or "temperature" in body:
                 return self.reply(400, {"error": {"message": REFUSES_NAMES}})
+            case "seven":
+                return self.reply(200, chat("7"))
+            case "random":
+                return self.reply(200, chat(str(random.Random(text).randrange(10))))
             case "words" | "cut":
                 return self.reply(200, chat("nine", "length" if mode == "cut" else "stop"))
             case "html":

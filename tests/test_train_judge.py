@@ -296,6 +296,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         curves.append([[m[key] for key in ("loss", "grad_norm", "tokens", "left_out")] for m in metrics])
         assert (tmp_path / gpus / "epoch-1" / "adapter_model.safetensors").exists()
     assert len(curves[0]) == 3 and sum(left_out for *_, left_out in curves[0]) == 3
+    assert sft.share_left_out(tmp_path / "0", 12) == 0.25
     for one, two in zip(*curves):
         assert one == pytest.approx(two, rel=1e-5)
 
