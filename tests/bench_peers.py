@@ -6,9 +6,9 @@
 
 The .pth file lets TRL's environment see our torch and transformers. Each side runs in a process of its own;
 model, dtype, LoRA, prompts, group, optimiser steps of a batch and clip are the same, outputs have one length,
-rewards are free. TRL samples with transformers, its only way on a CPU; train_ratio leaves sampling out. Ratios
-are theirs / ours, of medians after a first step; memory_ratio: peak of the training process above what it held
-with its model loaded; label_ratio: our tokens a second / the engine's.
+rewards are free. TRL samples with transformers, its only way on a CPU; train_ratio leaves it out. Ratios are
+theirs / ours, of medians after a first step; memory_ratio is of the training process's peak above what it
+held with its model loaded; label_ratio is our tokens a second / the engine's.
 """
 
 import json
@@ -66,10 +66,8 @@ def ours(s: Any, run: Path) -> Any:
     annotate.write_json(run / "annotations/config.json", {"options": options})
     rows = [{"id": text, "split": "policy_train", "instruction": text} for text in texts(s)]
     annotate.write_jsonl(run / "annotations/instructions.jsonl", rows)
-    line = (
-        f"policy --run {run} --judge truth --lr 1e-4 --max-prompt 512 --std-floor 0 --steps {s['steps'] + 1}"
-    )
-    line += f" --max-tokens {s['tokens']} --lora-rank 16"
+    line = f"policy --run {run} --judge truth --lr 1e-4 --lora-rank 16 --max-prompt 512 --std-floor 0"
+    line += f" --steps {s['steps'] + 1} --max-tokens {s['tokens']}"
     line += "".join(f" --{key} {s[key]}" for key in ("model", "prompts", "group", "minibatches"))
     rl.app(line.split(), standalone_mode=False)
     records = annotate.read_jsonl(run / "policies/truth/metrics.jsonl")[1:]
@@ -129,9 +127,8 @@ def label(s: Any, folder: Path) -> Any:
     chats.create = fixed_length
     with annotate.serve(s["model"], folder, 2048, flags=f"--max-num-seqs {s['seqs']}") as endpoint:
         ask = partial(annotate.grade, gold, endpoint, "Write.")
-        return rate(
-            s, lambda tasks: annotate.map_to_jsonl(folder / min(tasks), tasks, ask, "", 2 * s["seqs"])
-        )
+        label_all = partial(annotate.map_to_jsonl, work=ask, label="labels", threads=2 * s["seqs"])
+        return rate(s, lambda tasks: label_all(folder / min(tasks), tasks))
 
 
 def engine(s: Any, _: Path) -> Any:
@@ -164,20 +161,15 @@ def main(
     out: Path | None = typer.Option(None, "--json", help="Write all figures to this file."),
     trl_python: str = typer.Option(sys.executable, "--trl", help="The Python that has TRL."),
 ) -> None:
-    found: dict[str, Any] = {"settings": dict(SETTINGS)}
-    for key, value in (change.split("=", 1) for change in changes or []):
-        found["settings"][key] = type(SETTINGS[key])(value)
+    given = dict(change.split("=", 1) for change in changes or [])
+    s = SETTINGS | {key: type(SETTINGS[key])(value) for key, value in given.items()}
+    found: dict[str, Any] = {"settings": s}
     for side in ("ours", "trl", "label", "engine"):
-        line = [
-            trl_python if side == "trl" else sys.executable,
-            __file__,
-            side,
-            json.dumps(found["settings"]),
-        ]
-        text = subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout.decode().splitlines()[-1]
+        python = trl_python if side == "trl" else sys.executable
+        text = subprocess.check_output([python, __file__, side, json.dumps(s)], text=True).splitlines()[-1]
         print(side, text, flush=True)
         found[side] = json.loads(text)
-        found["settings"]["dtype"] = found["ours"]["dtype"]  # TRL takes that of ours
+        s["dtype"] = found["ours"]["dtype"]  # TRL takes that of ours
     found |= {f"{key}_ratio": found["trl"][key] / found["ours"][key] for key in ("step", "train", "memory")}
     found["label_ratio"] = found["label"]["rate"] / found["engine"]["rate"]
     print({key: round(value, 2) for key, value in found.items() if key.endswith("_ratio")})

@@ -250,15 +250,23 @@ def held(peak: bool = False) -> float:
 
 
 def measure(
-    o: Any, layers: int, prompt: int, answers: int, grpo: bool, passes: int = 2
+    o: Any, layers: int, prompt: int, answers: int, grpo: bool, checkpoints: bool = False, passes: int = 2
 ) -> tuple[float, float]:
-    """(seconds of an optimiser step, peak bytes) on one batch: a pack of examples, or a group of rollouts."""
+    """(seconds of an optimiser step, peak bytes) on one batch: a pack of examples, or a group of rollouts.
+
+    `checkpoints`: on a CPU too, where stage 2 keeps everything.
+    """
+    import peft  # noqa: F401  # what an import takes belongs to no term
     from transformers import AutoModelForCausalLM
 
     shape, rng, before = o["model"].split("/")[-1], random.Random(0), held()
     o = {**o, "lora_modules": sft.modules_of(o.get("preset") or "gpu")}
     with patch.object(AutoModelForCausalLM, "from_pretrained", random_model(shape, layers)):
         model, optimizer = sft.load_training(o, None)
+    if checkpoints:
+        base = model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
     size = o["group"] if grpo else max(1, o["tokens_per_pass"] // (prompt + answers))
     seconds = []
 
