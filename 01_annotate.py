@@ -464,7 +464,36 @@ def gold_endpoint(gold: Options, logs: Path) -> Any:
         return contextlib.nullcontext()
     # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
     room = 512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"]
-    return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, gold["gpus"], logs)
+    more = {"flags": gold["gold_flags"], "gpus_each": gold["gold_gpus_each"]}
+    return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, gold["gpus"], logs, **more)
+
+
+PROOFS, ENOUGH = 12, 10  # cases that a chat gold is asked first, and how many of them it must get right
+
+
+def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
+    """End the command where gold does not prefer answers to plain instructions to answers to other ones.
+
+    Kernels have served garbage without a word (flashinfer#3334, vllm#39545): better found in a minute than
+    after 200,000 labels. Always the same digit gets no case right, a random one 5 or 6 of 12.
+    """
+    rows = read_jsonl(Path(__file__).with_name("05_instructions.jsonl"), ["instruction", "output"])
+    tasks = {}
+    for n, (row, other) in enumerate(zip(rows[:PROOFS], rows[PROOFS:])):
+        tasks |= {f"{n}-right": row, f"{n}-wrong": {**row, "output": other["output"]}}
+
+    def work(row: Row) -> Row:
+        return {**row, **grade(gold, endpoint, row["instruction"], row["output"])}
+
+    records = map_to_jsonl(path, tasks, work, "gold's proof", threads)
+    labels = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
+    passed = sum(None not in pair and pair[0] > pair[1] for pair in labels)
+    print(f"{gold['gold']}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
+    if passed < ENOUGH:
+        path.unlink()  # a mended server is asked again
+        causes = dict(Counter(str(record["cause"]) for record in records))
+        said = f"{records[0]['instruction']!r}, right answer: {records[0]['reasoning'][:300]!r}"
+        fail(f"{gold['gold']} is no judge. (right, wrong) got {labels}; causes {causes}. It said of {said}")
 
 
 def make_pairs(outputs: Iterable[Row], seed: int) -> dict[str, Row]:
@@ -505,13 +534,18 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Verdict], th
 
 LAPTOP_MODEL = "models/SmolLM2-135M-Instruct"
 TULU = "allenai/llama-3.1-tulu-3-8b-preference-mixture"
+# `gpu`: one base for judge and policy, so that one server plays both. Its two key-value heads take 28 KB of
+# cache a token, where Qwen3-1.7B's eight take 112: on 24 GB, four times as many rollouts at once.
+SMALL_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 LARGE = {"gold_tokens": 8192, "gold_effort": "high", "data": TULU, "outputs": 2, "max_chars": 8000}
 SIZES = (*SPLITS, "threads")
 PRESETS = {  # where they differ from the laptop's values in the signature
     "gpu": {**LARGE, **dict(zip(SIZES, (10_000, 200, 369, 20_000, 200, 256)))}
-    | {"gold": "openai/gpt-oss-20b", "policy_model": "Qwen/Qwen2.5-1.5B-Instruct"},
+    | {"gold": "openai/gpt-oss-20b", "policy_model": SMALL_MODEL}
+    | {"gold_flags": "--max-num-seqs 32 --max-num-batched-tokens 2048"},  # 24 GB hold no more
     "node": {**LARGE, "gpus": "0,1,2,3,4,5,6,7", **dict(zip(SIZES, (100_000, 400, 369, 117_000, 1000, 1024)))}
-    | {"gold": "openai/gpt-oss-120b", "policy_model": "meta-llama/Llama-3.1-8B-Instruct"},
+    | {"gold": "openai/gpt-oss-120b", "policy_model": "meta-llama/Llama-3.1-8B-Instruct"}
+    | {"gold_gpus_each": 2},  # its 65 GB of weights leave an 80 GB card hardly any cache (vllm#23278)
 }
 Effort = StrEnum("Effort", ["none", "low", "medium", "high"])
 
@@ -527,6 +561,8 @@ def main(
     gold_url: Annotated[str, Option(help="Where --gold is served already (…/v1; key in GOLD_API_KEY).")] = "",
     gold_tokens: Annotated[int, Option(min=1, help="New tokens of a gold judgement. Paper: 8192.")] = 1024,
     gold_effort: Annotated[Effort, Option(help="Reasoning effort of gpt-oss. Paper: high.")] = Effort.none,
+    gold_flags: Annotated[str, Option(help="Flags of the vLLM server that plays gold.")] = "",
+    gold_gpus_each: Annotated[int, Option(min=1, help="GPUs of one replica of gold.")] = 1,
     data: Annotated[str, Option(help="'template', a hub data set, or a JSONL file like it.")] = "template",
     policy_model: Annotated[str, Option(help="Of stage 3; tried here, before any cost.")] = LAPTOP_MODEL,
     judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 128,
@@ -573,6 +609,8 @@ def main(
     files = [folder / f"{name}.jsonl" for name in wanted]
     missing = [p for p in files if not p.with_suffix(".json").exists() or read_done(p) != read_jsonl(p)]
     with gold_endpoint(options, run / "logs") if missing else contextlib.nullcontext() as endpoint:
+        if endpoint:
+            prove(options, endpoint, folder / "proof.jsonl", threads)
         for path in missing:
             tasks, ask, name = candidates, partial(label_row, options, endpoint, ""), path.stem
             if name == "pairs":
@@ -739,6 +777,7 @@ LOCKS: list[FileLock] = []  # held until the process ends, even by kill -9
 MAY_CHANGE_ON_RESUME = set(
     "threads gpus policy_gpus judge_gpus train_gpus tokens_per_pass checkpointing gold_url".split()
 )
+MAY_CHANGE_ON_RESUME |= {"gold_flags", "gold_gpus_each"}
 
 
 def record_config(folder: Path, options: Options) -> None:
@@ -817,7 +856,7 @@ def run_and_preset(table: dict[str, Options]) -> tuple[Any, Any, Any]:
 
     about = "The run's folder, e.g. runs/demo."
     run = Option("--run", parser=user_path, is_eager=True, callback=apply, help=about)
-    text = "laptop: CPU, minutes. gpu: one of 80 GB. node: eight. Default: the run's."
+    text = "laptop: CPU, minutes. gpu: any from 24 GB. node: 8 of 80 GB. Default: the run's."
     preset = Option(is_eager=True, callback=apply, help=text)
     return Annotated[Path, run], Annotated[PresetName | None, preset], Annotated[Path | None, run]
 
@@ -871,10 +910,11 @@ def escape_special_tokens(text: str, tokenizer: Any = None) -> str:
     return special_tokens(tokenizer).sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
-def chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
+def chat_ids(tokenizer: Any, messages: Messages, **template: Any) -> list[int]:
     """Token ids of `messages` in the model's chat template, up to where the assistant speaks.
 
     A template without a system role gets the rules in the user's turn; one that states the date, a fixed one.
+    `template`: variables of its own.
     """
     from jinja2 import TemplateError
 
@@ -882,7 +922,7 @@ def chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
         fail(f"model {tokenizer.name_or_path} has no chat template. Use its instruct version.")
     safe = [{**m, "content": escape_special_tokens(m["content"], tokenizer)} for m in messages]
     date = datetime.date(2025, 8, 5).strftime
-    how = {"add_generation_prompt": True, "return_dict": False, "strftime_now": date}
+    how = {"add_generation_prompt": True, "return_dict": False, "strftime_now": date, **template}
     try:
         return tokenizer.apply_chat_template(safe, **how)
     except TemplateError:
@@ -891,7 +931,8 @@ def chat_ids(tokenizer: Any, messages: Messages) -> list[int]:
 
 
 def policy_prompt(tokenizer: Any, instruction: str) -> list[int]:
-    return chat_ids(tokenizer, [{"role": "user", "content": instruction}])
+    """Token ids after which a policy answers. A model that can think or not (Qwen3) does not."""
+    return chat_ids(tokenizer, [{"role": "user", "content": instruction}], enable_thinking=False)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -1155,15 +1196,22 @@ def mend_vllm() -> None:
 
 
 @contextlib.contextmanager
-def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float = 0.9, **lora: Any) -> Any:
-    """Start vLLM with `model` on 127.0.0.1, one replica on each of `gpus`, yield its endpoint, always end it.
+def serve(
+    model: str, logs: Path, max_len: int, gpus: str = "0", memory: float = 0.9, flags: str = "",
+    gpus_each: int = 1, **lora: Any,
+) -> Any:  # fmt: skip
+    """Start vLLM with `model` on 127.0.0.1, a replica on every `gpus_each` of `gpus`; end it in any case.
 
-    `max_len`: prompt and completion tokens. `memory`: share of a GPU's. `lora`: rank, count and modules of
-    adapters. The environment's VLLM_ARGS are more flags, e.g. "--max-num-seqs 64".
+    Yields its endpoint. `max_len`: prompt and completion tokens. `memory`: share of a GPU's. `lora`: rank,
+    count and modules of adapters. More flags: `flags`, then the environment's VLLM_ARGS, which win.
     """
     import torch
 
     devices, key, on_gpu = pick_gpus(gpus), secrets.token_urlsafe(24), torch.cuda.is_available()
+    gpus_each = gpus_each if on_gpu else 1
+    if len(devices) % gpus_each:
+        fail(f"GPUs {gpus}: {model} takes {gpus_each} a replica, so give a multiple of that.")
+    replicas = [",".join(devices[first : first + gpus_each]) for first in range(0, len(devices), gpus_each)]
     # setpriv ends the server with us, even by kill -9. Processed log-probabilities are those of the
     # distribution sampled from; a generation config of the model's would add top-k and top-p of its own.
     command = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
@@ -1177,7 +1225,7 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
     environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_SYSTEM_START_DATE": "2025-08-05"}  # gpt-oss states it
     if on_gpu:
-        command += ["--gpu-memory-utilization", f"{memory:.3f}"]
+        command += f"--gpu-memory-utilization {memory:.3f} --tensor-parallel-size {gpus_each}".split()
     else:
         # No worker beside the engine (it would be spawned, unmended), no core kept aside, blocks of 32
         # tokens (most prompts are below the default 128): twice as fast.
@@ -1185,7 +1233,7 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
         command += "--enforce-eager --block-size 32".split()
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command += shlex.split(os.environ.get("VLLM_ARGS", ""))
+    command += shlex.split(f"{flags} {os.environ.get('VLLM_ARGS', '')}")
     logs.mkdir(parents=True, exist_ok=True)
     # A path of a Unix socket holds 103 bytes, and vLLM's names of sockets take 37.
     place = "/tmp" if len(tempfile.gettempdir()) > 50 else None
@@ -1193,7 +1241,7 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
     environment["TMPDIR"] = scratch.name
     urls, processes = [], []
     try:
-        for device in devices:
+        for device in replicas:
             port = free_port()
             log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
             os.environ[f"LOG_OF_PORT_{port}"] = str(log)
@@ -1222,12 +1270,14 @@ def serve(model: str, logs: Path, max_len: int, gpus: str = "0", memory: float =
 
 
 @contextlib.contextmanager
-def chat_endpoint(model: str, url: str, variable: str, room: int, gpus: str, logs: Path) -> Any:
-    """A chat model at `url`, its key in the environment's `variable`; without a URL, on a server of ours."""
+def chat_endpoint(
+    model: str, url: str, variable: str, room: int, gpus: str, logs: Path, **server: Any
+) -> Any:
+    """A chat model at `url`, its key in the environment's `variable`; without a URL, on our `server`."""
     if url:
         yield open_endpoint(url, model, variable)
     else:
-        with serve(model, logs, min(room, context_length(model)), gpus) as endpoint:
+        with serve(model, logs, min(room, context_length(model)), gpus, **server) as endpoint:
             yield endpoint
 
 

@@ -247,6 +247,8 @@ def sft(options: Options, run: Path, folder: Path) -> None:
         if rank == 0:
             annotate.append_jsonl(folder / "metrics.jsonl", record)
             if place + 1 == batches:
+                share = share_left_out(folder, (epoch + 1) * len(rows))
+                tqdm.write(f"epoch {epoch + 1}: {share:.1%} of the examples were too long and left out")
                 save_adapter(model, folder / f"epoch-{epoch + 1}")
             if place + 1 == batches or (step + 1) % SAVE_EVERY == 0:
                 save_state(folder, step + 1, model, optimizer)
@@ -257,6 +259,12 @@ def share_of_rank(pairs: Sequence[Pair], rank: int, ranks: int) -> list[Pair]:
     sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
     middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes)]
     return [pair for pair, middle in zip(pairs, middles) if int(ranks * middle / sum(sizes)) == rank]
+
+
+def share_left_out(folder: Path, examples: int) -> float:
+    """The share of `examples` left out of training as too long: with reasoning, gold's careful cases."""
+    records = annotate.read_jsonl(folder / "metrics.jsonl", ["left_out"])
+    return sum(record["left_out"] for record in records) / examples
 
 
 # --- Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once ---
@@ -490,6 +498,8 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
             endpoint.unload_adapter(name)
     best = max(scores, key=lambda name: selection_score(scores[name]))
     record = {key: options[key] for key in (*DESCRIBES, *VARIANTS)}
+    examples = options["epochs"] * len(training_rows(options, run))
+    record["left_out"] = share_left_out(folder, examples)
     annotate.write_json(folder / "judge.json", {**record, "adapter": best, "validation": scores[best]})
 
 
@@ -693,7 +703,7 @@ def rewind(path: Path, steps: int) -> None:
 LARGE = {"lr": 1e-4, "epochs": 2, "batch": 128, "max_thinking": 4096, "max_prompt": 4096, "temperature": 0.7}
 LARGE |= {"checkpointing": True}
 PRESETS = {
-    "gpu": {**LARGE, "model": "Qwen/Qwen3-1.7B", "lora_rank": 32, "tokens_per_pass": 8192, "threads": 256},
+    "gpu": {**LARGE, "model": annotate.SMALL_MODEL, "lora_rank": 32, "tokens_per_pass": 8192, "threads": 256},
     "node": {**LARGE, "model": "Qwen/Qwen3-4B", "lora_rank": 64, "tokens_per_pass": 8192, "threads": 1024}
     | {"gpus": "0,1,2,3,4,5,6,7"},
 }

@@ -577,8 +577,8 @@ JUDGE_PRESETS = {
 }
 OUTPUT = {"max_prompt": 2048, "max_tokens": 2048, "std_floor": 0.1}
 POLICY_PRESETS = {
-    "gpu": {**LARGE, **OUTPUT, "steps": 300, "prompts": 32, "threads": 256}
-    | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "lora_rank": 32},
+    "gpu": {**LARGE, **OUTPUT, "steps": 1000, "prompts": 32, "threads": 256, "checkpoint_every": 100}
+    | {"model": annotate.SMALL_MODEL, "lora_rank": 32},
     "node": {**LARGE, **OUTPUT, "steps": 1200, "prompts": 128, "threads": 1024, "checkpoint_every": 100}
     | {"model": "meta-llama/Llama-3.1-8B-Instruct", "lora_rank": 64}
     | {"policy_gpus": "0,1", "judge_gpus": "2,3,4,5", "train_gpus": "6,7"},

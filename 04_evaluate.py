@@ -204,13 +204,21 @@ def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Itera
 # --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------
 
 
+PROBED = 1024  # tokens: log-probabilities of long prompts take V floats a token, and end engines (vllm#5907)
+
+
 def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
-    """`row` with the policy's output and its `fluency`, the mean log-probability under the untrained base."""
+    """`row` with the policy's output and its `fluency`, the mean log-probability under the untrained base.
+
+    Fluency reads what lies within the first `PROBED` tokens of prompt and output; None where nothing does.
+    """
     prompt, (endpoint, adapter) = annotate.policy_prompt(tokenizer, row["instruction"]), served
     limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
     (sample,) = endpoint.sample(prompt, model=adapter, **limits)
     text = {"output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
-    return {**row, **text, "fluency": fmean(token_logprobs(endpoint, prompt, sample.tokens_T))}
+    probed_T = sample.tokens_T[: max(0, PROBED - len(prompt))]
+    fluency = fmean(token_logprobs(endpoint, prompt, probed_T)) if probed_T else None
+    return {**row, **text, "fluency": fluency}
 
 
 def output_ids(name: str, step: int, adapter: Path) -> str:

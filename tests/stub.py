@@ -2,17 +2,23 @@
 
 The path of a request says what happens to it: URL/AFTER/MODE/v1/… answers the first AFTER chat requests well
 and the others in MODE; URL/AFTER/3-MODE/v1/… only those of the others that are about Question 3. The key is
-`secret`, the model `gold`; its label is the length of the prompt mod 10, of two answers the first.
+`secret`, the model `gold`; its label is the length of the prompt mod 10, of two answers the first; to an
+instruction of 05_instructions.jsonl it knows the right answer (9, else 0), so that it passes as gold.
 """
 
 import json
+import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+PLAIN = Path(__file__).parents[1] / "05_instructions.jsonl"
+KNOWN = {row["instruction"]: row["output"] for row in map(json.loads, PLAIN.read_text().splitlines())}
 
 REFUSES = {
     "max_tokens": "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens'.",
@@ -68,7 +74,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = self.server.asked[self.path] = self.server.asked[self.path] + 1
             self.server.bodies.append(body)
-        good = 200, chat("1" if "[answer 1 " in text else str(len(text) % 10))
+        right = [KNOWN[instruction] for instruction in KNOWN if instruction in text]
+        label = 9 * (right[0] in text) if right else len(text) % 10
+        good = 200, chat("1" if "[answer 1 " in text else str(label))
         if number <= int(after) or (mode.startswith("3-") and "Question 3?" not in text):
             return self.reply(*good)
         mode = mode.removeprefix("3-")
@@ -90,6 +98,10 @@ class Handler(BaseHTTPRequestHandler):
             case "small":  # a limit that is too high is no parameter that is not taken
                 says = f"'max_tokens' is too large: {body.get('max_tokens')}. The maximum is 16."
                 return self.reply(400, {"error": {"message": says}})
+            case "seven":
+                return self.reply(200, chat("7"))
+            case "random":
+                return self.reply(200, chat(str(random.Random(text).randrange(10))))
             case "words" | "cut":
                 return self.reply(200, chat("nine", "length" if mode == "cut" else "stop"))
             case "eos" | "null-stop":

@@ -296,6 +296,9 @@ def test_templates_that_do_more_than_put_turns_in_a_row(tokenizer: Any) -> None:
     for reasoning, end in ((True, "<think>\n"), (False, "<think>\n\n</think>\n\n")):
         text = other.decode(sft.judge_prompt(other, messages, reasoning))
         assert text.endswith(f"assistant\n{end}")
+    other.chat_template = body + "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    assert other.decode(annotate.policy_prompt(other, "x")).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert sft.judge_prompt(other, messages, True) == sft.judge_prompt(tokenizer, messages, True)
     other.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + body
     assert other.decode(annotate.policy_prompt(other, "x")).startswith("2025-08-05<")
 
@@ -347,12 +350,54 @@ def test_a_gold_judge_of_no_use_ends_the_command(tmp_path: Path, mode: str, call
     """Faults 3 and R6: nothing is kept, the cause is named; only what was cut off is asked for again."""
     bodies: list[Any] = []
     with stub(bodies) as url:
-        result = chat_gold(tmp_path, f"{url}/0/{mode}")
+        result = chat_gold(tmp_path, f"{url}/{2 * annotate.PROOFS}/{mode}")  # it proves itself, then fails
+    bodies = bodies[2 * annotate.PROOFS :]
     cause = {"refuse": "content filter", "words": "not a label", "cut": "cut off"}[mode]
     assert result.exit_code == 1 and cause in result.stderr
     assert ("'nine'" in result.stderr) == (mode != "refuse"), "what it said instead (F5)"
     assert labels(tmp_path) == [] and not (tmp_path / "run/annotations/labels.json").exists()
     assert Counter(b["max_tokens"] for b in bodies) == dict.fromkeys([1024, 2048][:calls], 16)
+
+
+@pytest.mark.parametrize("mode", ["seven", "random", "words", "refuse"])
+def test_gold_must_prove_itself_before_it_is_paid(tmp_path: Path, mode: str) -> None:
+    """Garbage is found in 24 requests and shown; a mended server is asked again, a proven one is not."""
+    bodies: list[Any] = []
+    with stub(bodies) as url:
+        result = chat_gold(tmp_path, f"{url}/0/{mode}")
+        assert result.exit_code == 1 and len(bodies) == 24 and labels(tmp_path) == [], result.output
+        said = {"seven": "(7, 7), (7, 7)", "words": "not a label", "refuse": "content filter"}
+        assert said.get(mode, "Because.") in result.stderr
+        assert chat_gold(tmp_path, f"{url}/0/ok").exit_code == 0 and len(bodies) == 24 + 24 + 16
+        assert chat_gold(tmp_path, f"{url}/0/ok", "--pairs").exit_code == 0 and len(bodies) == 64 + 8
+
+
+def test_the_proof_has_a_known_order_and_a_margin(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Twelve instructions, two answers each; two may go wrong, as a tie or without a label, but no third."""
+    asked: list[Any] = []
+
+    def verdict(bad: int) -> Any:
+        def grade(gold: Any, endpoint: Any, text: str, output: str) -> Any:
+            asked.append((text, output))
+            right = output == honest[text]
+            label = (4, None)[right] if list(honest).index(text) < bad else 4 + right
+            return {"label": label, "cause": None, "reasoning": "so"}
+
+        return grade
+
+    rows = annotate.read_jsonl(Path("05_instructions.jsonl"))
+    honest = {row["instruction"]: row["output"] for row in rows}
+    for bad in (2, 3):
+        monkeypatch.setattr(annotate, "grade", verdict(bad))
+        path = tmp_path / f"{bad}.jsonl"
+        if bad == 2:
+            annotate.prove({"gold": "g"}, None, path, 4)
+        else:
+            with pytest.raises(SystemExit):
+                annotate.prove({"gold": "g"}, None, path, 4)
+        assert path.exists() == (bad == 2) and f"{12 - bad} of 12" in capsys.readouterr().out
+    assert len(set(asked)) == 24 and len({text for text, _ in asked}) == 12
+    assert all(output in honest.values() for _, output in asked)
 
 
 @pytest.mark.parametrize("mode", ["ok", "no-models", "names"])

@@ -81,6 +81,28 @@ def test_score_against_the_baseline() -> None:
         assert verdict["expected"] == score
 
 
+def test_fluency_reads_no_more_than_the_first_tokens(tokenizer: Any) -> None:
+    """Log-probabilities of a whole long prompt take memory that no engine has set aside (vllm#5907)."""
+    asked: list[int] = []
+
+    def create(prompt: list[int], **_: Any) -> Any:
+        asked.append(len(prompt))
+        places = [{str(token): {"logprob": -2.0}} for token in prompt]
+        return SimpleNamespace(choices=[SimpleNamespace(prompt_logprobs=places)])
+
+    def written(words: int, tokens: int) -> Any:
+        sample = annotate.Sample([5] * tokens, [0.0] * tokens, "x", True)
+        client = SimpleNamespace(completions=SimpleNamespace(create=create))
+        endpoint = SimpleNamespace(model="m", sample=lambda *_, **__: [sample], client=lambda _: client)
+        policy = {"temperature": 1.0, "max_tokens": tokens}
+        return evaluate.write_output(policy, tokenizer, (endpoint, None), {"instruction": "rain " * words})
+
+    assert written(5, 10)["fluency"] == -2.0 and asked.pop() < 100
+    long = written(700, 2000)
+    assert (long["fluency"], long["tokens"], asked.pop()) == (-2.0, 2000, evaluate.PROBED)
+    assert written(2000, 10)["fluency"] is None and not asked
+
+
 def test_a_curve_by_hand() -> None:
     """Means skip invalid scores; lifts are paired by instruction, whatever the order, whoever is missing.
 

@@ -21,6 +21,7 @@ from conftest import ROOT
 from typer.testing import CliRunner
 
 annotate, evaluate = import_module("01_annotate"), import_module("04_evaluate")
+sft, rl = import_module("02_train_judge"), import_module("03_rl")
 
 SCRIPTS = sorted(ROOT.glob("0*.py"))
 
@@ -236,6 +237,16 @@ def test_presets(tmp_path: Path, monkeypatch: Any) -> None:
     assert result.exit_code and "an empty path" in result.output
 
 
+def test_one_server_plays_judge_and_policy_of_the_gpu_preset() -> None:
+    """24 GB hold one base model, a trainer beside it; gold has the card to itself, in stages of its own."""
+    models = {annotate.PRESETS["gpu"]["policy_model"], sft.PRESETS["gpu"]["model"]}
+    assert models | {rl.POLICY_PRESETS["gpu"]["model"]} == {annotate.SMALL_MODEL}
+    for table in (annotate.PRESETS, sft.PRESETS, rl.POLICY_PRESETS, rl.JUDGE_PRESETS, evaluate.SERVING):
+        assert not [key for key in table["gpu"] if key.endswith("gpus")]  # one card for all
+    node = annotate.PRESETS["node"]
+    assert (node["gpus"].count(",") + 1) / node["gold_gpus_each"] == 4
+
+
 @pytest.mark.parametrize(
     ("mask", "gpus", "taken"), [("2,3", "0", "2"), ("GPU-ab, 7", "0,1", "GPU-ab,7"), ("", "1", "1")]
 )
@@ -282,6 +293,43 @@ def test_each_replica_gets_its_entry_of_the_mask(tmp_path: Path, monkeypatch: An
         assert endpoint.url.count("/v1") == 2 and endpoint.tokenizer == "some/model"
     assert {text.split()[1] for text in texts} == {"MIG-cd", "GPU-ab"}
     assert all(re.search(r"--max-num-seqs 64 --port \d+\n", text) for text in texts)
+    assert all("--tensor-parallel-size 1 " in text for text in texts)
+
+
+def test_a_replica_may_take_several_gpus(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """gpt-oss-120b: four cards are two replicas; three are refused; on a CPU there is nothing to share."""
+    started: list[Any] = []
+
+    class Process:
+        pid, poll, terminate, wait = 2**22 + 1, lambda _: None, lambda _: None, lambda *_: 0
+
+        def __init__(self, command: Any, **how: Any) -> None:
+            started.append((" ".join(command), how["env"].get("CUDA_VISIBLE_DEVICES")))
+
+    monkeypatch.setattr(annotate.subprocess, "Popen", Process)
+    monkeypatch.setattr(annotate.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(annotate.Endpoint, "status", lambda _: 200)
+    monkeypatch.setattr(annotate, "load_tokenizer", str)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gold = {"gold": "some/model", "gold_url": "", "gpus": "0,1,2,3", "max_chars": 9, "gold_tokens": 9}
+    gold |= {"gold_flags": "--max-num-seqs 32", "gold_gpus_each": 2}
+    monkeypatch.setattr(annotate, "context_length", lambda _: 4096)
+
+    def serve() -> Any:
+        started.clear()
+        with annotate.gold_endpoint(gold, tmp_path):
+            return [(gpus, "-tensor-parallel-size 2 " in line) for line, gpus in started]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 8)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert serve() == [("0,1", True), ("2,3", True)]
+        assert all("--max-num-seqs 32" in line for line, _ in started)
+        gold["gpus"] = "0,1,2"
+        with pytest.raises(SystemExit):
+            serve()
+        assert "2 a replica" in capsys.readouterr().err and not started
+    assert [tensor for _, tensor in serve()] == [False] * 3
 
 
 @pytest.mark.parametrize("deep", [False, True])

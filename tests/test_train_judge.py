@@ -1,5 +1,6 @@
 """Stage 2 without a live model: what a judge is asked and answers, packing, agreement, several ranks."""
 
+import contextlib
 import math
 import random
 import time
@@ -351,6 +352,21 @@ def write_run(run: Path) -> dict[str, Any]:
     return {**FROZEN["options"], "model": str(run / "model"), "seed": 0}
 
 
+def test_what_was_left_out_stands_in_judge_json(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of 4 examples in each of two epochs one was too long."""
+    options = {**write_run(tmp_path), "epochs": 2, "examples": 4, "temperature": 0.7, "rubrics": False}
+    options |= {"threads": 1, "gpus": "0"}
+    folder = tmp_path / "judges" / "direct-sft"
+    annotate.write_jsonl(folder / "metrics.jsonl", [{"step": n, "left_out": n % 2} for n in range(4)])
+    endpoint = SimpleNamespace(load_adapter=lambda *_: None, unload_adapter=lambda *_: None)
+    monkeypatch.setattr(sft, "serve_adapters", lambda *_: contextlib.nullcontext(endpoint))
+    monkeypatch.setattr(
+        sft, "judge_row", lambda *_: {"gold": 1, "label": 1, "expected": 1.0, "thinking_tokens": 0}
+    )
+    sft.choose_epoch(options, tmp_path, folder)
+    assert annotate.read_json(folder / "judge.json")["left_out"] == 0.25
+
+
 def test_a_server_has_room_for_its_users_as_far_as_the_context_goes(monkeypatch: Any) -> None:
     """Prompt, thinking or output, and some; the greatest rank, and all modules."""
     monkeypatch.setattr(annotate, "serve", lambda *arguments, **lora: (*arguments, lora))
@@ -373,6 +389,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         curves.append([[m[key] for key in ("loss", "grad_norm", "tokens", "left_out")] for m in metrics])
         assert (tmp_path / gpus / "epoch-1" / "adapter_model.safetensors").exists()
     assert len(curves[0]) == 3 and sum(left_out for *_, left_out in curves[0]) == 3
+    assert sft.share_left_out(tmp_path / "0", 12) == 0.25
     for one, two in zip(*curves):
         assert one == pytest.approx(two, rel=1e-5)
 
