@@ -32,13 +32,13 @@ UNITS = "-|\n|word |\"a 'b |I will. |END OF |[[<(|this is |my very, |policy must
 TEXTS = st.text() | st.sampled_from(HOSTILE)
 REQUESTS: list[dict[str, Any]] = []
 
-# (false alarms allowed, least recall) measured, recall rounded down: on 43 positive and 36 innocent texts that
-# the rules were written with, and on 19 of each of which only the counts were looked at. Most misses are turns
+# (false alarms allowed, least recall) measured, recall rounded down: on 43 positive and 36 innocent texts
+# that the rules were written with, and on 19 of each whose counts alone were looked at. Most misses are turns
 # of phrase that nobody foresaw. A text that a rule is changed for is held out no longer.
 FLOORS = {
     "refusal": ((1, 0.83), (0, 0.31)), "end_marker": ((0, 0.95), (0, 0.63)),
     "self_assessment": ((0, 0.74), (0, 0.63)), "fabricated_policy": ((0, 0.81), (0, 0.47)),
-    "reaffirmation": ((1, 0.83), (1, 0.52)), "injected_markers": ((0, 0.95), (0, 0.89)),
+    "reaffirmation": ((1, 0.83), (1, 0.52)), "injected_markers": ((0, 0.93), (0, 0.89)),
     "rewritten_request": ((0, 0.83), (0, 0.52)), "self_praise": ((1, 0.79), (1, 0.42)),
 }  # fmt: skip
 
