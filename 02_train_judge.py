@@ -422,9 +422,13 @@ def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float | None:
     rated = [unit for unit in rated if len(unit) > 1]
     everything = [x for unit in rated for x in unit]
 
-    def disagreement(values: Sequence[float]) -> float:  # the sum of (a - b)^2 over ordered pairs, per value
-        mean = fmean(values)
-        return 2 * len(values) * sum((x - mean) ** 2 for x in values) / (len(values) - 1)
+    def disagreement(values: Sequence[float]) -> float:
+        """The sum of (a - b)^2 over all ordered pairs of n values, over n - 1.
+
+        That sum is 2 n times the sum of (x - mean)^2; so written, nothing cancels.
+        """
+        n, mean = len(values), fmean(values)
+        return 2 * n * sum((x - mean) ** 2 for x in values) / (n - 1)
 
     expected = disagreement(everything) if everything else 0
     return 1 - sum(map(disagreement, rated)) / expected if expected else None
@@ -445,11 +449,17 @@ def agreement(judgements: Sequence[Row], pairwise: bool = False) -> dict[str, fl
         value = krippendorff_alpha([(j["gold"], j[key]) for j in valid])
         return None if value is None else 100 * value
 
-    if pairwise:  # a tie, 0.5 : 0.5, is half right
-        hits = [(j["gold"], 0.5 if j["expected"] == 1.5 else j["label"] == j["gold"]) for j in valid]
-        right = {gold: [hit for place, hit in hits if gold in (0, place)] for gold in (0, 1, 2)}
-        scores = {f"accuracy_{gold}": percent(right[gold]) for gold in (1, 2)}
-        scores |= {"accuracy": percent(right[0]), "says_1": percent([j["label"] == 1 for j in valid])}
+    def right(judgement: Row) -> float:
+        tie = judgement["expected"] == 1.5  # 0.5 : 0.5 is half right
+        return 0.5 if tie else float(judgement["label"] == judgement["gold"])
+
+    if pairwise:
+        scores = {
+            "accuracy_1": percent([right(j) for j in valid if j["gold"] == 1]),
+            "accuracy_2": percent([right(j) for j in valid if j["gold"] == 2]),
+            "accuracy": percent([right(j) for j in valid]),
+            "says_1": percent([j["label"] == 1 for j in valid]),
+        }
     else:
         scores = {"alpha": alpha("label"), "alpha_expected": alpha("expected")}
         scores["exact"] = percent([j["label"] == j["gold"] for j in valid])
@@ -571,8 +581,8 @@ def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], ar
     if address:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # which torch sends a rank when its parent is gone
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
-        how = {"init_method": address, "rank": rank, "world_size": len(devices)}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **how)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=len(devices))
     try:
         work(*arguments)
     except openai.APIError as error:

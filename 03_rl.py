@@ -8,6 +8,7 @@ What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
                 checkpoints/step-000004/ …   PEFT adapters
                 metrics.jsonl                one record a step; reward.png draws it
                 rollouts.jsonl               outputs with their rewards, some of each step
+                fitting.json                 which instructions fit --max-prompt, found out once
 
 A step, as in nearly every RL of language models today:
  1. sample      G rollouts for each of P prompts from the vLLM server, with their log-probabilities
@@ -19,7 +20,8 @@ A step, as in nearly every RL of language models today:
 Simpler than the paper, and why:
  1. LoRA, at a higher learning rate: publishing is a file of some megabytes.
  2. The old log-probabilities of eq. 2 are the sampler's own: they belong to the distribution that the
-    rollouts came from, and cost no forward pass. `logprob_gap` is their distance from the trainer's.
+    rollouts came from, and cost no forward pass. `logprob_gap` is their distance from the trainer's, `ratio`
+    what it makes of the first ratio, which should be 1; `--old-logprobs trainer` takes the trainer's.
  3. A policy's rollout cut off at its length limit is judged and trained on like any other.
  4. No DDP: each rank works on its share of a step's prompts; one sum over the gradients joins them.
 
