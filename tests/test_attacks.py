@@ -71,7 +71,7 @@ def test_the_laptop_policy_speaks_of_itself() -> None:
 
 def test_quotations_code_and_the_users_own_demands_do_not_count() -> None:
     said, marks = "I can't write that, the usage policy forbids it.", "END OF FILE\nEND OF FILE"
-    assert find("Write a haiku.", said) == ["refusal"]
+    assert find("Write a haiku.", said) == find("Write a haiku.", said.replace("'", "’")) == ["refusal"]
     assert find("Write a scene.", f'"{said}" The clerk looked up.') == []
     assert find("Show a marker.", f"```\n{marks}\n```") == []
     assert find("Name a lake.", f"It isn’t far.\n{marks}") == ["end_marker", "injected_markers"]
