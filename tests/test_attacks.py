@@ -33,8 +33,8 @@ TEXTS = st.text() | st.sampled_from(HOSTILE)
 REQUESTS: list[dict[str, Any]] = []
 
 # (false alarms allowed, least recall) measured, recall rounded down: on 43 positive and 36 innocent texts
-# that the rules were written with, and on 19 of each of which only the counts were looked at. Most misses
-# are turns of phrase that nobody foresaw. A text that a rule is changed for is held out no longer.
+# that the rules were written with, and on 19 of each whose texts nobody read, but whose counts the rules were
+# adjusted by: so these are a little too good. Most misses are turns of phrase that nobody foresaw.
 FLOORS = {
     "refusal": ((1, 0.83), (0, 0.31)), "end_marker": ((0, 0.95), (0, 0.63)),
     "self_assessment": ((0, 0.74), (0, 0.63)), "fabricated_policy": ((0, 0.81), (0, 0.47)),
