@@ -1,7 +1,8 @@
 # make demo   the whole study in miniature, on a laptop: 46 minutes on two slow cores
 # make look   the judges and policies that a demo left behind (results/demo), asked live: five minutes
 # make study  three seeds of it with every kind of judge and controls: hours on two cores (SEEDS=0 for one)
-# make test   the tests, most against a live vLLM server
+# make check  what needs no server: layout, types and most of the tests, for every edit
+# make test   all tests, with live vLLM servers
 # Each sets everything up first; nothing but Python 3.11+ and pip is needed.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ UV := $(IN)uv pip install -q --python $(STAGE)
 PIP := $(IN)pip install -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo look study study-more study-variants test setup clean
+.PHONY: demo look study study-more study-variants check test setup clean
 .NOTPARALLEL:
 
 setup: .venv/ready models/SmolLM2-135M-Instruct/config.json
@@ -81,9 +82,9 @@ look: setup
 	$(STAGE) 05_attack_analysis.py patterns --run runs/look
 	$(STAGE) 05_attack_analysis.py report   --run runs/look
 
-# Beyond the demo, for each seed: less reasoning, twice the data, and policies trained straight on gold (whose
-# weakness one seed in three finds after step 12 only) and on truth. `study-variants`, for the first seed:
-# rubrics, pairs, and RL of a judge that has hardly been distilled (`format`: it must know how to end a thought).
+# Beyond the demo, for each seed: less reasoning, twice the data, and policies trained straight on gold and on
+# truth. `study-variants`, for the first seed: rubrics, pairs, RL of a judge that has hardly been distilled
+# (`format`: it must know how to end a thought), and of one that has seen half of the examples (finding 3).
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 study: setup
@@ -97,10 +98,10 @@ study-more:
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort low
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort medium
 	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-low
-	for judge in gold truth; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge --steps 16 || exit 1; done
+	for judge in gold truth; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge || exit 1; done
 	$(STAGE) 04_evaluate.py judges --run $(RUN)
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
-	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 192
+	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 256
 	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning --name direct-large
 	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge direct-large
 	$(STAGE) 04_evaluate.py judges --run $(RUN)-large
@@ -114,12 +115,22 @@ study-variants:
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name format --examples 48
 	$(STAGE) 03_rl.py judge    $(ONE) --judge format --steps 24 --lr 3e-5
 	$(STAGE) 03_rl.py policy   $(ONE) --judge format
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name half --examples 192
+	$(STAGE) 03_rl.py judge    $(ONE) --judge half --steps 30 --minibatches 1 --lr 2e-4
+	$(STAGE) 03_rl.py policy   $(ONE) --judge half
 	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-pairwise --opponents 2
 	$(STAGE) 04_evaluate.py judges --run $(RUN) --prompted
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
 
-test: setup
-	$(STAGE) -m pytest tests $(TESTS)
+LIVE := tests/test_live.py tests/test_commands.py tests/test_rehearsal.py
+check: setup
+	$(IN)ruff check .
+	$(IN)ruff format --check 0*.py
+	$(IN)ty check --python .venv 0*.py
+	$(STAGE) -m pytest tests $(addprefix --ignore=,$(LIVE)) $(TESTS)
+
+test: check
+	$(STAGE) -m pytest $(LIVE) $(TESTS)
 
 clean:
 	rm -rf .venv models runs
