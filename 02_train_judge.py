@@ -120,16 +120,20 @@ def row_messages(row: Row, rubrics: dict[str, str] | None) -> Any:
     return annotate.judge_messages(text, row["output"], row.get("other"), (rubrics or {}).get(text, ""))
 
 
+def expected_score(probabilities: Sequence[float], labels: str) -> float:
+    """The sum of x * p(x) over the `labels` x, which is the policy's reward (paper, section 2.3)."""
+    return sum(int(label) * p for label, p in zip(labels, probabilities))
+
+
 def ask_judge(
     judge: Judge, text: str, output: str, other: str | None = None, messages: Any = None
 ) -> Verdict:
     """Let `judge` grade one output for the instruction `text`, or a pairwise one say which of two is better.
 
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their log-probabilities
-    give the label (the most probable) and the expected score, the sum of x * p(x), which is the policy's
-    reward (paper, section 2.3). Of a pairwise judge P(the first is better) = 2 - expected. A prompt that is
-    too long, thinking that does not close, or a request that the server refuses make the judgement invalid:
-    no label, no score, and a `cause`.
+    give the label (the most probable) and the expected score. Of a pairwise judge P(the first is better) =
+    2 - expected. A prompt that is too long, thinking that does not close, or a request that the server
+    refuses make the judgement invalid: no label, no score, and a `cause`.
     """
     row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
@@ -161,7 +165,7 @@ def ask_judge(
     if abs(sum(weights) - 1) > 1e-3:
         fail(f"{judge.endpoint.url}: not constrained to the labels: their probability is {sum(weights):.4f}")
     verdict["probabilities"] = [weight / sum(weights) for weight in weights]
-    verdict["expected"] = sum(int(label) * p for label, p in zip(labels, verdict["probabilities"]))
+    verdict["expected"] = expected_score(verdict["probabilities"], labels)
     verdict["label"] = int(max(zip(verdict["probabilities"], labels), key=lambda pair: pair[0])[1])
     return {**verdict, "cause": None}
 
