@@ -130,48 +130,59 @@ def row_messages(row: Row, rubrics: dict[str, str] | None) -> Any:
     return annotate.judge_messages(text, row["output"], row.get("other"), (rubrics or {}).get(text, ""))
 
 
+def expected_score(probabilities: Sequence[float], labels: str) -> float:
+    """The sum of x * p(x) over the `labels` x, which is the policy's reward (paper, section 2.3)."""
+    return sum(int(label) * p for label, p in zip(labels, probabilities))
+
+
 def ask_judge(
     judge: Judge, text: str, output: str, other: str | None = None, messages: Any = None
 ) -> Verdict:
     """Let `judge` grade one output for the instruction `text`, or a pairwise one say which of two is better.
 
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their log-probabilities
-    give the label (the most probable) and the expected score, the sum of x * p(x), which is the policy's
-    reward (paper, section 2.3). Of a pairwise judge P(the first is better) = 2 - expected. A prompt that is
-    too long, thinking that does not close, or a request that fails make the judgement invalid: no label, no
-    score, and a `cause`.
+    give the label (the most probable) and the expected score. Of a pairwise judge P(the first is better) =
+    2 - expected. A prompt that is too long, thinking that does not close, or a request that fails make the
+    judgement invalid: no label, no score, and a `cause`.
     """
+    verdict: Verdict = {"label": None, "expected": None, "probabilities": None, "cause": None}
+    verdict |= {"thinking": "", "thinking_tokens": 0}
     row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
-    verdict: Verdict = {"label": None, "expected": None, "probabilities": None}
-    verdict |= {"thinking": "", "thinking_tokens": 0}
     if len(prompt) > judge.max_prompt:
-        return {**verdict, "cause": "prompt too long"}
-    labels = annotate.PAIRWISE_LABELS if judge.pairwise else annotate.LABELS
-    ids, before = label_token_ids(judge.tokenizer, labels), prompt
-    digit = {"model": judge.adapter or judge.endpoint.model, "max_tokens": 1, "temperature": 1.0}
-    digit |= {"logprobs": len(ids), "allowed_token_ids": ids, "return_tokens_as_token_ids": True}
-    thinking = {"temperature": judge.temperature, "top_p": 0.95, "top_k": 20}
-    thinking |= {"max_tokens": judge.max_thinking, "stop": [THINK_CLOSE], "include_stop_str_in_output": True}
+        return verdict | {"cause": "prompt too long"}
     try:
         if judge.reasoning:
-            (thought,) = judge.endpoint.sample(prompt, 1, judge.adapter, **thinking)
+            (thought,) = judge.endpoint.sample(
+                prompt, 1, judge.adapter, temperature=judge.temperature, top_p=0.95, top_k=20,
+                max_tokens=judge.max_thinking, stop=[THINK_CLOSE], include_stop_str_in_output=True,
+            )  # fmt: skip
             verdict["thinking"] = thought.text.removesuffix(THINK_CLOSE).strip()
             verdict["thinking_tokens"] = len(thought.tokens_T)
             if not thought.text.endswith(THINK_CLOSE):
-                return {**verdict, "cause": "thinking did not close"}
-            before = prompt + thought.tokens_T + encode(judge.tokenizer, AFTER_THINKING)
-        request = {**digit, "prompt": before}
-        top = judge.endpoint.ask(prompt, request, lambda choices: choices[0]["logprobs"]["top_logprobs"][0])
+                return verdict | {"cause": "thinking did not close"}
+            prompt = prompt + thought.tokens_T + encode(judge.tokenizer, AFTER_THINKING)
+        labels = annotate.PAIRWISE_LABELS if judge.pairwise else annotate.LABELS
+        probabilities = label_probabilities(judge, prompt, labels)
     except annotate.NoAnswer as error:
-        return {**verdict, "cause": str(error)}
-    weights = [math.exp(top.get(f"token_id:{i}", -math.inf)) for i in ids]
+        return verdict | {"cause": str(error)}
+    best = max(range(len(labels)), key=lambda place: probabilities[place])
+    verdict["label"], verdict["expected"] = int(labels[best]), expected_score(probabilities, labels)
+    verdict["probabilities"] = probabilities
+    return verdict
+
+
+def label_probabilities(judge: Judge, prompt: list[int], labels: str) -> list[float]:
+    """The judge's probability of each of `labels` as its next token, normalised over them."""
+    ids = label_token_ids(judge.tokenizer, labels)
+    request = {"model": judge.adapter or judge.endpoint.model, "prompt": prompt, "max_tokens": 1}
+    request |= {"temperature": 1.0, "logprobs": len(ids), "allowed_token_ids": ids}
+    request["return_tokens_as_token_ids"] = True
+    found = judge.endpoint.ask(prompt, request, lambda choices: choices[0]["logprobs"]["top_logprobs"][0])
+    weights = [math.exp(found.get(f"token_id:{i}", -math.inf)) for i in ids]
     if abs(sum(weights) - 1) > 1e-3:
         fail(f"{judge.endpoint.url}: not constrained to the labels: their probability is {sum(weights):.4f}")
-    verdict["probabilities"] = [weight / sum(weights) for weight in weights]
-    verdict["expected"] = sum(int(label) * p for label, p in zip(labels, verdict["probabilities"]))
-    verdict["label"] = int(max(zip(verdict["probabilities"], labels), key=lambda pair: pair[0])[1])
-    return {**verdict, "cause": None}
+    return [weight / sum(weights) for weight in weights]
 
 
 # --- Fine-tuning ----------------------------------------------------------------------------------
@@ -371,7 +382,7 @@ def attend_by_branch(
 ) -> tuple[Any, None]:
     """transformers' attention for a `Pack` (H query heads, C key-value heads): the prefix, then each branch.
 
-    A branch of S tokens sees the prefix and itself, T keys: the last token of the one is the last of the
+    A branch of B tokens sees the prefix and itself, T keys: the last token of the one is the last of the
     other, so its causal mask is aligned at the lower right. No mask tensor is made, and none pays for the
     other branches.
     """
@@ -383,9 +394,11 @@ def attend_by_branch(
         k_1CTK = torch.cat([k_1CSK[:, :, :prefix], k_1CSK[:, :, start:end]], 2)
         v_1CTK = torch.cat([v_1CSK[:, :, :prefix], v_1CSK[:, :, start:end]], 2)
         causal = causal_lower_right(end - start, k_1CTK.shape[2])
-        settings = {"attn_mask": causal, "scale": options.get("scaling"), "enable_gqa": True}
-        branch_1HSK = scaled_dot_product_attention(q_1HSK[:, :, start:end], k_1CTK, v_1CTK, **settings)
-        outputs_1SHK.append(branch_1HSK.transpose(1, 2))
+        q_1HBK, scale = q_1HSK[:, :, start:end], options.get("scaling")
+        branch_1HBK = scaled_dot_product_attention(
+            q_1HBK, k_1CTK, v_1CTK, attn_mask=causal, scale=scale, enable_gqa=True
+        )
+        outputs_1SHK.append(branch_1HBK.transpose(1, 2))
     return torch.cat(outputs_1SHK, 1), None
 
 
