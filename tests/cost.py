@@ -226,11 +226,9 @@ def random_model(shape: str, layers: int) -> Any:
     config = kind(**sizes, tie_word_embeddings=tied, max_position_embeddings=32768)
 
     def build(name: str, dtype: Any, attn_implementation: str, **_: Any) -> Any:
-        torch.set_default_dtype(dtype)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-        torch.set_default_dtype(torch.float32)
-        return model
+            how = {"dtype": dtype, "attn_implementation": attn_implementation}
+            return hf.AutoModelForCausalLM.from_config(config, **how)
 
     return build
 
@@ -434,10 +432,12 @@ def main(
         short = preset == "laptop" or not gpu
         shown, thinking, asked, output = (128, 64, 64, 40) if short else (SHOWN, THINKING, PROMPT, OUTPUT)
         print(f"\nTraining here, random weights of {preset}'s shapes, {'short' if short else 'full'} texts:")
-        measured("SFT, reasoning", {**two, "preset": preset, "seed": 0}, shown, thinking, grpo=False)
-        judge = {**judge, "model": two["model"], "lora_rank": two["lora_rank"], "beta": 0.0}
-        measured("GRPO of the judge", {**judge, "preset": preset, "seed": 0}, shown, thinking, grpo=True)
-        measured("GRPO of the policy", {**policy, "preset": preset, "seed": 0}, asked, output, grpo=True)
+        for o in (two, judge, policy):
+            o["preset"], o["tokens_per_pass"] = preset, 512 if short else o["tokens_per_pass"]
+        judge |= {"model": two["model"], "lora_rank": two["lora_rank"], "beta": 0.0}
+        measured("SFT, reasoning", two, shown, thinking, grpo=False)
+        measured("GRPO of the judge", judge, shown, thinking, grpo=True)
+        measured("GRPO of the policy", policy, asked, output, grpo=True)
     if preset == "laptop":
         print("\nThe whole of `make demo` was measured: results/README.md. It downloads one small model.")
         return
