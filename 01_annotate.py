@@ -464,7 +464,7 @@ def gold_endpoint(gold: Options, logs: Path) -> Any:
         return contextlib.nullcontext()
     # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
     room = 512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"]
-    more = {"flags": gold["gold_flags"], "gpus_each": gold["gold_gpus_each"]}
+    more = {"flags": gold.get("gold_flags", ""), "gpus_each": gold.get("gold_gpus_each", 1)}  # or an old run
     return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, gold["gpus"], logs, **more)
 
 

@@ -5,7 +5,7 @@
 
 Measured here, in ten minutes at most: driver and memory; token/s and peak memory of stage 2's training step
 and of stage 3's update, by their own code, on random weights of the preset's true shapes. On a CPU these run
-with one layer and with two, on short texts, and the other layers are added: an estimate.
+on short texts, and of models over 1B with one layer and with two, to which the others are added: an estimate.
 
 All else is computed, by the formulas below from the assumptions that are printed beside the results. No stage
 as a whole has run on a GPU.
@@ -226,11 +226,9 @@ def random_model(shape: str, layers: int) -> Any:
     config = kind(**sizes, tie_word_embeddings=tied, max_position_embeddings=32768)
 
     def build(name: str, dtype: Any, attn_implementation: str, **_: Any) -> Any:
-        torch.set_default_dtype(dtype)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-        torch.set_default_dtype(torch.float32)
-        return model
+            how = {"dtype": dtype, "attn_implementation": attn_implementation}
+            return hf.AutoModelForCausalLM.from_config(config, **how)
 
     return build
 
@@ -291,22 +289,22 @@ def measure(
 
 def measured(name: str, o: Any, prompt: int, answers: int, grpo: bool) -> None:
     """Print token/s and peak memory of a step, beside the formula's; on a CPU from one layer and two."""
-    layers, gpu = SHAPES[o["model"].split("/")[-1]][2], torch.cuda.is_available()
+    shape, gpu = o["model"].split("/")[-1], torch.cuda.is_available()
+    layers, whole = SHAPES[shape][2], gpu or counts(shape)[0] < 1e9
     size = o["group"] if grpo else max(1, o["tokens_per_pass"] // (prompt + answers))
     tokens = prompt + size * answers if grpo else size * (prompt + answers)
-    if gpu:
+    if whole:
         seconds, peak = measure(o, layers, prompt, answers, grpo)
     else:
-        runs = [measure(o, few, prompt, answers, grpo) for few in (1, 2)]
+        _, *runs = [measure(o, few, prompt, answers, grpo) for few in (1, 1, 2)]  # the first finds its memory
         seconds, peak = (one + (layers - 1) * (two - one) for one, two in zip(*runs))
-    shape, weight = o["model"].split("/")[-1], 2 if gpu else 4
-    formula = memory(shape, tokens, size * answers, o["lora_rank"], weight, checkpoints=gpu)
+    formula = memory(shape, tokens, size * answers, o["lora_rank"], 2 if gpu else 4, checkpoints=gpu)
     flops = (
         training_flops(shape, prompt, answers, size)
         if grpo
         else size * training_flops(shape, prompt, answers)
     )
-    how = "measured" if gpu else f"estimated from 1 and 2 of {layers} layers"
+    how = "measured" if whole else f"estimated from 1 and 2 of {layers} layers"
     rate = f"{tokens / seconds:,.0f} token/s, {flops / seconds / 1e12:.2f} TFLOP/s"
     peaks = f"peak {peak / 1e9:.1f} GB (formula {sum(formula.values()) / 1e9:.1f})"
     print(f"  {name}: {tokens} tokens, {how}: {rate}, {peaks}", flush=True)
@@ -424,6 +422,9 @@ def main(
     preset: Annotated[str, typer.Option(help="laptop, gpu or node.")] = "gpu",
     here: Annotated[bool, typer.Option("--measure/--no-measure", help="Run training steps here.")] = True,
 ) -> None:
+    if here and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # else a CPU's allocator keeps what is freed
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     show_machine()
     _, two, judge, policy = all_options(preset)
     if here:
@@ -431,10 +432,12 @@ def main(
         short = preset == "laptop" or not gpu
         shown, thinking, asked, output = (128, 64, 64, 40) if short else (SHOWN, THINKING, PROMPT, OUTPUT)
         print(f"\nTraining here, random weights of {preset}'s shapes, {'short' if short else 'full'} texts:")
-        measured("SFT, reasoning", {**two, "preset": preset, "seed": 0}, shown, thinking, grpo=False)
-        judge = {**judge, "model": two["model"], "lora_rank": two["lora_rank"], "beta": 0.0}
-        measured("GRPO of the judge", {**judge, "preset": preset, "seed": 0}, shown, thinking, grpo=True)
-        measured("GRPO of the policy", {**policy, "preset": preset, "seed": 0}, asked, output, grpo=True)
+        for o in (two, judge, policy):
+            o["preset"], o["tokens_per_pass"] = preset, 512 if short else o["tokens_per_pass"]
+        judge |= {"model": two["model"], "lora_rank": two["lora_rank"], "beta": 0.0}
+        measured("SFT, reasoning", two, shown, thinking, grpo=False)
+        measured("GRPO of the judge", judge, shown, thinking, grpo=True)
+        measured("GRPO of the policy", policy, asked, output, grpo=True)
     if preset == "laptop":
         print("\nThe whole of `make demo` was measured: results/README.md. It downloads one small model.")
         return
