@@ -145,8 +145,8 @@ def ask_judge(
     2 - expected. A prompt that is too long, thinking that does not close, or a request that fails make the
     judgement invalid: no label, no score, and a `cause`.
     """
-    verdict: Verdict = {"label": None, "expected": None, "probabilities": None, "cause": None}
-    verdict |= {"thinking": "", "thinking_tokens": 0}
+    verdict = Verdict(label=None, expected=None, probabilities=None, cause=None)
+    verdict |= Verdict(thinking="", thinking_tokens=0)
     row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
     if len(prompt) > judge.max_prompt:
@@ -659,6 +659,7 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
         name, use_safetensors=True, dtype=dtype, attn_implementation="sdpa"
     )
     base = base.cuda() if gpu else base
+    saved: Any = None
     if options["checkpointing"]:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -673,7 +674,7 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
         model = peft.get_peft_model(base, config)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # else peft copies its input to float32
+            module.cast_input_dtype_enabled = False  # ty: ignore (else peft copies its input to float32)
     check_adapted(model, name, options["lora_modules"])
     model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
     check_forward(model, name)
