@@ -666,7 +666,8 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     if adapter := state or start:
         try:
             model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
-            saved = state and torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+            if state:
+                saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
         except (EOFError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
             fail(f"{adapter}: damaged ({type(error).__name__}). Delete {adapter.parent} and train it again.")
     else:
