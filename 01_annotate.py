@@ -526,6 +526,7 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Verdict], th
         why = f"The first: {invalid[0]['cause']}, {first_text!r}"
         fail(f"{path}: {len(invalid)} of the first {len(records)} verdicts are invalid. {why}")
     records = map_to_jsonl(path, rows, work, path.stem, threads)
+    write_jsonl(path, records)  # in the order of the tasks: what is trained on it depends on the seed alone
     counts = {key: Counter(str(record.get(key)) for record in records) for key in ("label", "cause")}
     write_json(path.with_suffix(".json"), counts)
 
@@ -565,7 +566,7 @@ def main(
     gold_gpus_each: Annotated[int, Option(min=1, help="GPUs of one replica of gold.")] = 1,
     data: Annotated[str, Option(help="'template', a hub data set, or a JSONL file like it.")] = "template",
     policy_model: Annotated[str, Option(help="Of stage 3; tried here, before any cost.")] = LAPTOP_MODEL,
-    judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 128,
+    judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 160,
     judge_validation: Annotated[int, Option(min=1, help="… for choosing a judge's epoch.")] = 10,
     judge_test: Annotated[int, Option(min=1, help="… for testing judges. Paper: 738 outputs.")] = 20,
     policy_train: Annotated[int, Option(min=1, help="… for training policies. Paper: 117K.")] = 80,

@@ -773,7 +773,7 @@ def main(
     model: Annotated[str, Option(help="Base model. Paper: Qwen3-1.7B to 14B.")] = annotate.LAPTOP_MODEL,
     lora_rank: LoraRank = 16,
     lr: Annotated[float, Option(min=1e-9, max=1, help="Peak rate. Paper: 1e-5, all weights.")] = 2e-3,
-    batch: Annotated[int, Option(min=1, help="Examples of one optimiser step. Paper: 128.")] = 4,
+    batch: Annotated[int, Option(min=1, help="Examples of one optimiser step. Paper: 128.")] = 3,
     epochs: Annotated[int, Option(min=1, help="Paper: 1-2 direct, 2-3 reasoning; best is kept.")] = 1,
     max_thinking: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 96,
     max_prompt: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 512,
