@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
             policy = {**settings, "judge": f"{name}-{'sft' if name == 'direct' else 'rl'}", "max_tokens": 32}
             annotate.write_json(folder / "policy.json", {**policy, "temperature": 0.7})
             write_adapter(folder / "checkpoints/step-000004")
-            who = f"{name}:4:{evaluate.fingerprint({'adapter': folder / 'checkpoints/step-000004'})}"
+            who = evaluate.output_ids(name, 4, folder / "checkpoints/step-000004")
             metrics = [{"step": n, "reward": 5.0 + n, "invalid": 0.1 * n} for n in range(4)]
             metrics = [{**row, "length": 9.0, "truncated": 0.0} for row in metrics]
             annotate.write_jsonl(folder / "metrics.jsonl", metrics)

@@ -65,9 +65,10 @@ def test_a_step_whose_judgements_all_fail_ends_the_command(capsys: Any) -> None:
         left = iter(causes)
         ask = lambda *_: {"expected": None, "cause": next(left)}  # noqa: E731
         task = rl.Task([], lambda row: [1], partial(rl.pointwise_rewards, ask))
-        return rl.collect(server, "a", task, [{"instruction": "i"}], options)
+        return rl.collect(server, "a", task, [[{"instruction": "i"}]], options)
 
-    assert [r.reward for r in collect("no answer: cut", "not a label")[0]] == [None, None]
+    ((group,),) = collect("no answer: cut", "not a label")
+    assert [r.reward for r in group] == [None, None]
     with pytest.raises(SystemExit):
         collect("no answer: cut", "refused (400): no")
     assert "all 2 judgements of this step failed" in capsys.readouterr().err
