@@ -288,6 +288,7 @@ def test_a_policy_is_compared_with_its_own_base(folder: Path, other: dict[str, A
     about = {"model": MODEL, "judge": "gold", "lora_rank": 16, "lora_modules": [], "max_prompt": 9}
     about |= {"max_tokens": 32, "temperature": 0.7, **other}
     annotate.write_json(folder / "policies/other/policy.json", about)
+    make_adapter(folder / "policies/other/checkpoints/step-000001", about["model"])
     bases = {name: policy["base"] for name, policy in evaluate.trained_policies(folder).items()}
     assert bases.pop("other") not in bases.values() and len(set(bases.values())) == 1
 
