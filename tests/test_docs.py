@@ -1,8 +1,9 @@
-"""README and code say the same: commands, options, paths, names, and every figure of a marked table.
+"""README, docs/ and code say the same: commands, options, paths, names, and every figure of a marked table.
 
 Such a table stands under `<!-- figures FILE: KEY KEY … -->`: one key for each number, row by row, without the
 first column. A key is a path through FILE: `{a,b}` is both in turn, `*100` is per cent, and `mean:`, `min:`
-or `max:` takes all that `*` and `?` fit.
+or `max:` takes all that `*` and `?` fit. A FILE with a `*` is several, each under what the `*` stands for.
+`…` in a table is a figure that is awaited.
 """
 
 import ast
@@ -18,13 +19,16 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, annotate
 from typer.main import get_command
 
-PAGES = {page: (ROOT / page / "README.md").read_text() for page in (".", "results", "tests/forks")}
+evaluate = import_module("04_evaluate")
+FILES = [path for where in ("", "docs", "results", "tests/forks") for path in (ROOT / where).glob("*.md")]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(FILES)}
 SCRIPTS = sorted(ROOT.glob("0*.py"))
-MARKER = r"\{\{[\w.]+\}\}"
-FIGURES = re.compile(r"<!-- figures ([^:]+): (.*?) -->\n((?:\|[^\n]*\n)+)", re.DOTALL)
+TABLE = r"\n((?:\|[^\n]*\n)+)"
+FIGURES = re.compile(rf"<!-- figures ([^:]+): (.*?) -->{TABLE}", re.DOTALL)
+AWAITED = "…"
 
 
 def command_lines(text: str | None) -> list[str]:
@@ -67,9 +71,13 @@ def test_the_makefiles_commands_are_understood() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_names_and_tests_exist(page: str) -> None:
     text = PAGES[page]
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        awaited = "{{" in text and target.endswith(".png")
-        assert "://" in target or awaited or (ROOT / page / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert "://" in target or path.exists(), target
+        if anchor and "://" not in target:
+            headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
     for name, script in re.findall(r"`(\w+)` in `(0\d_\w+\.py)`", text):
         assert hasattr(import_module(Path(script).stem), name), f"{name} in {script}"
     for file, several, one in re.findall(r"pytest (tests/\w+\.py) -k (?:\"([^\"]+)\"|(\w+))", text):
@@ -79,9 +87,10 @@ def test_links_names_and_tests_exist(page: str) -> None:
 
 
 def test_the_readme_is_short_and_names_every_command_and_what_to_cite() -> None:
-    text, citation = PAGES["."], (ROOT / "CITATION.cff").read_text()
-    assert len(re.sub("<!--.*?-->", "", text, flags=re.DOTALL).split()) <= 2500
+    text, citation = PAGES["README.md"], (ROOT / "CITATION.cff").read_text()
+    assert len(text.split()) <= 2000
     assert text.split("\n")[0].removeprefix("# ") in citation and "2603.12246" in text
+    text += "".join(PAGES[page] for page in PAGES if page.startswith("docs/") and f"]({page}" in text)
     for path in SCRIPTS:
         for name in getattr(get_command(import_module(path.stem).app), "commands", [""]):
             assert f"{path.name} {name}".strip() in text
@@ -91,14 +100,26 @@ def look(data: Any, path: list[str]) -> list[Any]:
     """What `path` leads to in `data`: one value, or more where it has a `*` or `?`."""
     if not path:
         return [data]
-    here = [data[int(path[0])]] if isinstance(data, list) else [data[k] for k in data if fnmatch(k, path[0])]
+    if isinstance(data, list):
+        here = data if path[0] == "*" else [data[int(path[0])]]
+    else:
+        here = [data[key] for key in data if fnmatch(key, path[0])]
     assert here, path
     return [value for part in here for value in look(part, path[1:])]
 
 
+def load(file: str) -> Any:
+    """A JSON or JSONL file; of a `file` with a `*`: what the `*` stands for -> that file."""
+    if "*" in file:
+        place, several = file.split("/").index("*"), [path.relative_to(ROOT) for path in ROOT.glob(file)]
+        return {path.parts[place]: load(str(path)) for path in several}
+    text = (ROOT / file).read_text()
+    return [json.loads(line) for line in text.splitlines()] if file.endswith(".jsonl") else json.loads(text)
+
+
 def figures(file: str, keys: str) -> list[tuple[str, float | None]]:
     """(key, figure) of each of `keys`, braces expanded, the last one fastest."""
-    data, found = json.loads((ROOT / file).read_text()), []
+    data, found = load(file), []
     for key in keys.split():
         for parts in product(*([p.split(","), [p]][i % 2 == 0] for i, p in enumerate(re.split("[{}]", key)))):
             how, _, path = "".join(parts).rpartition(":")
@@ -110,11 +131,52 @@ def figures(file: str, keys: str) -> list[tuple[str, float | None]]:
 
 @pytest.mark.parametrize(("file", "keys", "table"), FIGURES.findall("\n".join(PAGES.values())))
 def test_every_figure_is_the_one_in_its_file(file: str, keys: str, table: str) -> None:
-    if re.search(MARKER, table):
-        pytest.skip("markers remain")
-    rows = [line.strip("|").partition("|")[2] for line in table.splitlines()[2:]]
+    rows = [line[1:].partition("|")[2] for line in table.splitlines()[2:]]
+    if AWAITED in "".join(rows):
+        pytest.skip("figures are awaited")
     shown, known = re.findall(r"[+−-]?\d+(?:\.\d+)?|none", "\n".join(rows)), figures(file, keys)
     assert len(shown) == len(known)
     for text, (key, value) in zip(shown, known):
         wanted = "none" if value is None else f"{value:.{len(text.partition('.')[2])}f}"
         assert text.replace("−", "-").strip("+") == wanted, key
+
+
+def marked(kind: str, body: str) -> Any:
+    """(argument, body) of the README's only part under `<!-- kind argument -->`, unless it is awaited."""
+    (found,) = re.findall(rf"<!-- {kind} (.*?) -->\n{body}", PAGES["README.md"])
+    if AWAITED in found[1].replace(f" {AWAITED}", ""):  # an output cut short ends in " …"
+        pytest.skip("results are awaited")
+    return found
+
+
+def test_the_readme_shows_the_findings_of_the_shipped_run() -> None:
+    run, text = marked("findings", r"```\n([^`]*)\n```")
+    assert text.splitlines() == evaluate.findings(ROOT / run)
+
+
+def test_the_readmes_outputs_are_the_examples_of_the_shipped_run() -> None:
+    """All of them, in their order; spaces around arrows and most of the instruction are left out."""
+    run, table = marked("examples", TABLE.removeprefix(r"\n"))
+    rows, frame = table.splitlines()[2:], evaluate.examples(ROOT / run)
+    scores = [key for key in evaluate.SCORES if key in frame]
+    assert len(rows) == len(frame)
+    for line, row in zip(rows, frame.to_dict("records")):
+        policy, about, *cells = re.split(r"(?<!\\)\|", line.strip("|"))
+        wanted = [row["before"], row["after"], *(row[key].replace(" ", "") for key in scores)]
+        assert policy == row["policy"] and f" about the {about}." in row["instruction"]
+        assert [cell.replace(r"\|", "|") for cell in cells] == wanted
+
+
+def test_the_readme_counts_the_seeds_that_show_each_finding(tmp_path: Path) -> None:
+    files, table = marked("counts", TABLE.removeprefix(r"\n"))
+    shown: list[list[str]] = [[], [], []]
+    for file in files.split():
+        lines = []
+        for seed, results in load(file).items():
+            for name in ("gold", "judges"):
+                annotate.write_json(tmp_path / seed / "evaluation" / f"{name}.json", results[name])
+            lines += evaluate.findings(tmp_path / seed)
+        for number, cells in enumerate(shown, 1):
+            count = sum(line.startswith(f"finding {number}: shown") for line in lines)
+            cells.append(f"{count} of {len(load(file))}")
+    assert [line.strip("|").split("|")[1:] for line in table.splitlines()[2:]] == shown
