@@ -45,32 +45,51 @@ class Problem:
     write: dict[str, list[str]] = field(default_factory=dict)
 
 
-FILL_IN, HANDED_IN = "tests/course/test_fill_in.py::test_", "tests/course/test_handed_in.py::test_"
-ANNOTATE, SFT, RL = (
-    "tests/test_annotate.py::test_",
-    "tests/test_train_judge.py::test_",
-    "tests/test_rl.py::test_",
-)
-FROZEN = "tests/test_frozen.py::test_frozen"
+def tests(names: str, file: str = "course/test_fill_in") -> list[str]:
+    return [f"tests/{file}.py::test_{name}" for name in names.split()]
+
+
+RL, SFT, ANNOTATE, FROZEN = "test_rl", "test_train_judge", "test_annotate", "test_frozen"
+PACKED = "packed_equals_unpacked a_shared_prompt_is_paid_for_once"
+UPDATED = "update_is_the_gradient_of_eq_2 a_server_with_other_weights_ends_the_training"
 PROBLEMS = [
-    Problem("expected_score", 4, [f"{FILL_IN}expected_score"], {"02": ["expected_score"]}),
-    Problem("rewards", 6, [f"{FILL_IN}verifiable_rewards", f"{RL}reading_a_whole_judgement"],
-            {"03": ["verifiable_reward", "pairwise_verifiable_reward", "read_score"]}),
-    Problem("advantages", 6, [f"{FILL_IN}advantages_of_a_group_in_part", f"{RL}advantages"],
-            {"03": ["group_advantages"]}),
-    Problem("loss", 10, [f"{FILL_IN}loss_is_eq_2", f"{FROZEN}[loss]"], {"03": ["grpo_loss"]}),
-    Problem("normaliser", 14, [f"{FILL_IN}normaliser_is_that_of_all_ranks", f"{RL}update_is_the_gradient_of_eq_2",
-                               f"{RL}a_server_with_other_weights_ends_the_training"], {"03": ["update"]}),
-    Problem("pack", 10, [f"{FILL_IN}pack_by_hand", f"{SFT}packed_equals_unpacked",
-                         f"{SFT}a_shared_prompt_is_paid_for_once"], {"02": ["build_pack", "pack"]}),
-    Problem("alpha", 5, [f"{FILL_IN}alpha_of_published_ratings", f"{FROZEN}[alpha]"],
-            {"02": ["krippendorff_alpha"]}),
-    Problem("delimiter", 5, [f"{FILL_IN}no_text_gets_out", f"{FILL_IN}no_text_ends_the_turn",
-                             f"{ANNOTATE}an_output_can_not_close_its_block"],
-            {"01": ["fill_case", "escape_special_tokens"]}),
-    *[Problem(name, 6, [f"{HANDED_IN}{name}"]) for name in "ratio floor token_mean kl old_logprobs".split()],
-    *[Problem(name, 15, [f"{HANDED_IN}{name}"]) for name in "honest rare survivor length".split()],
-]  # fmt: skip
+    Problem("expected_score", 4, tests("expected_score"), {"02": ["expected_score"]}),
+    Problem(
+        "rewards",
+        6,
+        tests("verifiable_rewards") + tests("reading_a_whole_judgement", RL),
+        {"03": ["verifiable_reward", "pairwise_verifiable_reward", "read_score"]},
+    ),
+    Problem(
+        "advantages",
+        6,
+        tests("advantages_of_a_group_in_part") + tests("advantages", RL),
+        {"03": ["group_advantages"]},
+    ),
+    Problem("loss", 10, tests("loss_is_eq_2") + tests("frozen[loss]", FROZEN), {"03": ["grpo_loss"]}),
+    Problem(
+        "normaliser", 14, tests("normaliser_is_that_of_all_ranks") + tests(UPDATED, RL), {"03": ["update"]}
+    ),
+    Problem("pack", 10, tests("pack_by_hand") + tests(PACKED, SFT), {"02": ["build_pack", "pack"]}),
+    Problem(
+        "alpha",
+        5,
+        tests("alpha_of_published_ratings") + tests("frozen[alpha]", FROZEN),
+        {"02": ["krippendorff_alpha"]},
+    ),
+    Problem(
+        "delimiter",
+        5,
+        tests("no_text_gets_out no_text_ends_the_turn")
+        + tests("an_output_can_not_close_its_block", ANNOTATE),
+        {"01": ["fill_case", "escape_special_tokens"]},
+    ),
+]
+HANDED_IN = {"ratio": 6, "floor": 6, "token_mean": 6, "kl": 6, "old_logprobs": 6}  # predict, then run
+HANDED_IN |= {"honest": 15, "rare": 15, "survivor": 15, "length": 15}  # experiments
+PROBLEMS += [
+    Problem(name, points, tests(name, "course/test_handed_in")) for name, points in HANDED_IN.items()
+]
 
 # --- Cutting --------------------------------------------------------------------------------------
 
@@ -111,7 +130,7 @@ def script_path(number: str) -> Path:
 
 
 def handout(out: Path, names: list[str]) -> None:
-    """Write the students' copy to the new folder `out`, without the bodies that the problems `names` ask for."""
+    """Write the students' copy to the new folder `out`, where the problems `names` are left to be solved."""
     if out.exists() or out.resolve().is_relative_to(ROOT):
         sys.exit(f"error: {out} must be a new folder, outside of {ROOT}")
     shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*LEFT_OUT))
@@ -139,10 +158,9 @@ def assemble(problem: Problem, submission: Path, copy: Path) -> None:
     for script in problem.write:
         path = script_path(script)
         ours, theirs = path.read_text("utf-8"), (submission / path.name).read_text("utf-8")
-        for name in [
-            name for other in PROBLEMS if other is not problem for name in other.write.get(script, [])
-        ]:
-            theirs = with_function(theirs, name, ours)
+        for other in PROBLEMS:
+            for name in other.write.get(script, []) if other is not problem else []:
+                theirs = with_function(theirs, name, ours)
         (copy / path.name).write_text(theirs, "utf-8")
 
 
@@ -169,15 +187,14 @@ def complaint(problem: Problem, submission: Path, seed: str, limit: float) -> st
                 if process.returncode is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+        said = log.read_text("utf-8", "replace")[-4000:]
         try:
             cases = list(ElementTree.parse(report).iter("testcase"))
         except (OSError, ElementTree.ParseError):
-            cases = []  # it ended before the tests did
+            return f"the process ended before its tests did, with exit status {status}\n{said}"
         passed = {case.attrib["name"].partition("[")[0] for case in cases if not len(case)}
         wanted = {test.rpartition("::")[2].partition("[")[0] for test in problem.tests}
-        if status == 0 and wanted <= passed:
-            return None
-        return f"exit status {status}\n{log.read_text('utf-8', 'replace')[-4000:]}"
+        return None if status == 0 and wanted <= passed else said
 
 
 def grade(names: list[str], submission: Path, seed: str = "", seconds: float = ALL_TOGETHER) -> Any:
