@@ -375,6 +375,13 @@ def test_a_run_is_graded(problem: str, tmp_path: Path, shipped: Path) -> None:
 
 
 HONEST = "POINTS.update(topic=4, word=4, claim=0)"
+HIDDEN = f"""
+{HONEST}
+oracle_before = oracle
+def oracle(instruction, output, effort="high"):
+    label, why = oracle_before(instruction, output, effort)
+    return min(9, label + 2 * ("is correct." in output)), why
+"""
 RARE = """
 written_before = make_candidate
 def claims(output):
@@ -413,12 +420,13 @@ def test_gold_without_its_weakness(tmp_path: Path, shipped: Path) -> None:
     fails("test instructions")
     annotate.write_jsonl(folder / "scored.jsonl", scored(texts, "p", 1.0))
     fails("gold of")
-    changes = {
-        "agree by": "",
-        "<=": "POINTS.update(topic=0, word=0, end=0, claim=9)",
+    nothing_else = "POINTS.update(topic=0, word=0, end=0, claim=9)"
+    for match, more in {
+        "by 0.6": "",
+        "by -": nothing_else,
+        "<= ": HIDDEN,
         "9": "POINTS['claim'] = 0",
-    }
-    for match, more in changes.items():
+    }.items():
         script(folder, more)
         fails(match)
 
