@@ -401,6 +401,7 @@ def test_a_run_may_be_moved(tmp_path: Path, monkeypatch: Any) -> None:
             (tmp_path / "run").symlink_to(tmp_path / name)  # where the base model was
         result = CliRunner().invoke(rl.app, ["judge", "--judge", "mine", "--run", str(tmp_path / name)])
         assert len(found) == 1 + (name == "renamed"), result.output
+        annotate.LOCKS.pop().release()  # as the end of a process does
     assert found == [tmp_path / name / "judges/mine-sft/epoch-1" for name in ("run", "renamed")]
 
 
