@@ -21,7 +21,8 @@ import pytest
 from conftest import ROOT
 from typer.main import get_command
 
-PAGES = {page: (ROOT / page / "README.md").read_text() for page in (".", "results", "tests/forks")}
+FOLDERS = (".", "results", "tests/forks", "tests/course")
+PAGES = {page: (ROOT / page / "README.md").read_text() for page in FOLDERS}
 SCRIPTS = sorted(ROOT.glob("0*.py"))
 MARKER = r"\{\{[\w.]+\}\}"
 FIGURES = re.compile(r"<!-- figures ([^:]+): (.*?) -->\n((?:\|[^\n]*\n)+)", re.DOTALL)
