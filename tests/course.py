@@ -166,6 +166,8 @@ def assemble(problem: Problem, submission: Path, copy: Path) -> None:
 
 def complaint(problem: Problem, submission: Path, seed: str, limit: float) -> str | None:
     """Run the tests of `problem` for at most `limit` seconds: why it gives no points, None if it does."""
+    if not problem.write and not (submission / "handin" / problem.name).is_dir():
+        return f"nothing was handed in: there is no folder handin/{problem.name}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy, log, report = Path(folder) / "copy", Path(folder) / "log", Path(folder) / "report.xml"
         copy.mkdir()

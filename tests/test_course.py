@@ -23,6 +23,7 @@ import course
 import pytest
 from _pytest.runner import runtestprotocol
 from conftest import ROOT, annotate, rl, sft
+from test_docs import command_lines, parse
 
 sys.path.insert(0, str(ROOT / "tests" / "course"))
 handed_in = import_module("test_handed_in")
@@ -318,6 +319,7 @@ SPOILED = [  # (problem, run, what differs)
     ("ratio", "several", {"minibatches": 3, "clipped_high": late(0.02), "lr": 0.1}),
     ("ratio", "several", {"minibatches": 3, "clipped_high": late(0.02), "steps": 2}),
     ("floor", "zero", {"std_floor": 0.05}),
+    ("floor", "zero", {"std_floor": 0, "seed": 18}),
     ("token_mean", "tokens", {}),
     ("kl", "with", {"beta": 0.05, "kl": 0.2}),
     ("kl", "with", {"beta": 0.05}),
@@ -359,12 +361,18 @@ def test_a_run_is_graded(problem: str, tmp_path: Path, shipped: Path) -> None:
                 grade()
             shutil.rmtree(folder / run)
             kept.rename(folder / run)
-    metrics = next(folder.glob("*/metrics.jsonl"))
-    good = metrics.read_text()
-    metrics.write_text(re.sub(r'"reward": [\d.]+', '"reward": 6.5', good))
-    with pytest.raises(AssertionError, match=r"rollouts\.jsonl"):
-        grade()
-    metrics.write_text(good)
+    run = next(folder.glob("*/"))
+    for file, before, after, match in (
+        ("metrics", r'"reward": [\d.]+', '"reward": 6.5', r"rollouts\.jsonl"),
+        ("rollouts", r'"advantage": [\d.-]+', '"advantage": 0.1', "advantages"),
+        ("rollouts", r'"prompt_id": "\w+', '"prompt_id": "0', "prompts"),
+    ):
+        path = run / f"{file}.jsonl"
+        good = path.read_text()
+        path.write_text(re.sub(before, after, good))
+        with pytest.raises(AssertionError, match=match):
+            grade()
+        path.write_text(good)
     if (folder / "answer.json").exists():
         (folder / "answer.json").write_text('{"0": 0.5, "0.05": 0.5, "rollouts": 0.5, "tokens": 0.5}')
         with pytest.raises(AssertionError, match="answer"):
@@ -557,6 +565,17 @@ def test_the_grader(tmp_path: Path, monkeypatch: Any) -> None:
     judge.write_text("def pack(:\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_rl.py").write_text("def test_advantages(): pass\n")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    rewards = next(problem for problem in course.PROBLEMS if problem.name == "rewards")
+    course.assemble(rewards, tmp_path, copy)
+    staged, ours = (path.read_text("utf-8") for path in (copy / policy.name, course.script_path("03")))
+    for name, theirs in (("grpo_loss", ours), ("group_advantages", ours), ("verifiable_reward", helper)):
+        wanted, found = course.find(theirs, name)[2], course.find(staged, name)[2]
+        assert ast.unparse(found) == ast.unparse(wanted), "only what belongs to this problem is the student's"
+    assert (copy / "tests/test_rl.py").read_text() == (ROOT / "tests/test_rl.py").read_text()
+    assert (copy / judge.name).read_text() == course.script_path("02").read_text()
+    (tmp_path / "handin" / "ratio").mkdir(parents=True)
     monkeypatch.setattr(course, "ONE_PROBLEM", 300)
     results = course.grade(["rewards", "delimiter", "alpha"], tmp_path, seconds=600)
     scores = {test["name"]: (test["score"], test["max_score"]) for test in results["tests"]}
@@ -567,7 +586,8 @@ def test_the_grader(tmp_path: Path, monkeypatch: Any) -> None:
     began = time.monotonic()
     monkeypatch.setattr(course, "ONE_PROBLEM", 0.2)
     late = course.grade(["loss", "ratio", "floor"], tmp_path)["tests"]
-    assert "FileNotFoundError" in late[0]["output"] and "ended after" in late[1]["output"]
+    for test, said in zip(late, ("FileNotFoundError", "ended after", "no folder handin/floor")):
+        assert said in test["output"]
     assert course.grade(["ratio"], tmp_path, seconds=0)["tests"][0]["output"] == "no time was left"
     assert time.monotonic() - began < 60 and not any(test["score"] for test in late)
 
@@ -578,6 +598,8 @@ def test_the_sheet_says_what_the_grader_does() -> None:
     parts = re.findall(
         r"^### (\d+)\. `(\w+)` \((\d+) points(.*?)(?=^### |\Z)", text, re.MULTILINE | re.DOTALL
     )
+    for line in command_lines(text):
+        parse(line)
     found = [(int(number), name, int(points)) for number, name, points, _ in parts]
     assert found == [(n, p.name, p.points) for n, p in enumerate(course.PROBLEMS, 1)]
     for (*_, said), problem in zip(parts, course.PROBLEMS):
