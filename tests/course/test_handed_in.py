@@ -206,12 +206,14 @@ def last_and_first(rows: list[Row], policy: str) -> list[tuple[Row, Row]]:
 
 
 def lift(pairs: list[tuple[Row, Row]], score: Any) -> tuple[float, float]:
-    """Mean change from first to last by `score`, and its standard error."""
-    changes = [score(last) - score(first) for last, first in pairs]
+    """Mean change from first to last by `score`, and its standard error; without invalid judgements."""
+    known = [(score(last), score(first)) for last, first in pairs]
+    changes = [last - first for last, first in known if last is not None and first is not None]
+    assert len(changes) >= LEAST, "most judgements are invalid"
     return fmean(changes), stdev(changes) / math.sqrt(len(changes))
 
 
-def own(row: Row) -> float:
+def own(row: Row) -> float | None:
     return row["own"]
 
 
