@@ -29,7 +29,7 @@ MUTATIONS = [
     ("02", "causal_lower_right(", "torch.nn.attention.bias.causal_upper_left(", "mask's corner"),
     ("02", "+= range(prefix, prefix + len(branch))", "+= range(start, start + len(branch))", "positions"),
     ("02", "zip(hidden_AD.split(VOCABULARY_CHUNK)", "zip(hidden_AD.flip(0).split(9999)", "chunks"),
-    ("02", "/ (len(values) - 1)", "/ len(values)", "alpha without its small-sample term"),
+    ("02", "/ (n - 1)", "/ n", "alpha without its small-sample term"),
     ("02", "int(label) * p for", "(int(label) + 1) * p for", "expected score off by one"),
     ("02", "(step + 1) / ramp", "step / ramp", "a first step at rate 0"),
     ("02", "parameter.grad = part.view_as(parameter)", "pass", "gradients of the ranks not summed"),

@@ -153,7 +153,7 @@ WRONG: list[tuple[str, str, str, Any]] = [
     ("pack", "pack", "never joined", ("min(budget, len(", "min(0, len(")),
     ("alpha", "krippendorff_alpha", "correlation", by_correlation),
     ("alpha", "krippendorff_alpha", "zeros", lambda units: alpha([[x or 0 for x in u] for u in units])),
-    ("alpha", "krippendorff_alpha", "sample term", ("/ (len(values) - 1)", "/ len(values)")),
+    ("alpha", "krippendorff_alpha", "sample term", ("/ (n - 1)", "/ n")),
     ("delimiter", "fill_case", "random code", random_code),
     ("delimiter", "fill_case", "filled twice", filled_twice),
     ("delimiter", "fill_case", "code of the output", code_of_the_output),
