@@ -1028,7 +1028,8 @@ class Endpoint:
             raise NoAnswer(self.cause(error), error.request, body=None) from error
         self.last_answer = time.monotonic()
         try:
-            return read(response.json()["choices"])
+            first, *others = response.json()["choices"]  # without any it is no answer
+            return read([first, *others])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             cause = f"no answer: instead the server sent {response.text[:200]!r}"
             raise NoAnswer(cause, response.request, body=None) from error
