@@ -525,7 +525,8 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Verdict], th
         write_jsonl(path, [record for record in read_jsonl(path) if record["cause"] not in causes])
         why = f"The first: {invalid[0]['cause']}, {first_text!r}"
         fail(f"{path}: {len(invalid)} of the first {len(records)} verdicts are invalid. {why}")
-    records = map_to_jsonl(path, rows, work, path.stem, threads)
+    records = map_to_jsonl(path, rows, work, path.stem, threads, records)
+    write_jsonl(path, records)  # in the order of the tasks: what is trained on it depends on the seed alone
     counts = {key: Counter(str(record.get(key)) for record in records) for key in ("label", "cause")}
     write_json(path.with_suffix(".json"), counts)
 
@@ -565,7 +566,7 @@ def main(
     gold_gpus_each: Annotated[int, Option(min=1, help="GPUs of one replica of gold.")] = 1,
     data: Annotated[str, Option(help="'template', a hub data set, or a JSONL file like it.")] = "template",
     policy_model: Annotated[str, Option(help="Of stage 3; tried here, before any cost.")] = LAPTOP_MODEL,
-    judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 128,
+    judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 160,
     judge_validation: Annotated[int, Option(min=1, help="… for choosing a judge's epoch.")] = 10,
     judge_test: Annotated[int, Option(min=1, help="… for testing judges. Paper: 738 outputs.")] = 20,
     policy_train: Annotated[int, Option(min=1, help="… for training policies. Paper: 117K.")] = 80,
@@ -738,16 +739,19 @@ def read_done(path: Path) -> list[Row]:
     return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith(again)]
 
 
-def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int) -> list[Row]:
+def map_to_jsonl(
+    path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int, fresh: Iterable[Row] = ()
+) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
     So an interrupted call resumes. Where the `cause` of every record is a failed request, none is kept and
-    the command ends.
+    the command ends. What failed among the `fresh` records, those of this command, waits for a later one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # ours, under lock: cut off the half line of a killed command
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        write_jsonl(path, read_done(path))
+        whole = {record["id"] for record in [*read_done(path), *fresh]}
+        write_jsonl(path, [record for record in read_jsonl(path) if record["id"] in whole])
     done = {record["id"]: record for record in read_jsonl(path) if record["id"] in tasks}
     pool = ThreadPoolExecutor(threads)
 

@@ -145,8 +145,8 @@ def ask_judge(
     2 - expected. A prompt that is too long, thinking that does not close, or a request that fails make the
     judgement invalid: no label, no score, and a `cause`.
     """
-    verdict: Verdict = {"label": None, "expected": None, "probabilities": None, "cause": None}
-    verdict |= {"thinking": "", "thinking_tokens": 0}
+    verdict = Verdict(label=None, expected=None, probabilities=None, cause=None)
+    verdict |= Verdict(thinking="", thinking_tokens=0)
     row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
     if len(prompt) > judge.max_prompt:
@@ -659,13 +659,15 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
         name, use_safetensors=True, dtype=dtype, attn_implementation="sdpa"
     )
     base = base.cuda() if gpu else base
+    saved: Any = None
     if options["checkpointing"]:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     if adapter := state or start:
         try:
             model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
-            saved = state and torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+            if state:
+                saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
         except (EOFError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
             fail(f"{adapter}: damaged ({type(error).__name__}). Delete {adapter.parent} and train it again.")
     else:
@@ -673,7 +675,7 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
         model = peft.get_peft_model(base, config)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # else peft copies its input to float32
+            module.cast_input_dtype_enabled = False  # ty: ignore (else peft copies its input to float32)
     check_adapted(model, name, options["lora_modules"])
     model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
     check_forward(model, name)
@@ -771,7 +773,7 @@ def main(
     model: Annotated[str, Option(help="Base model. Paper: Qwen3-1.7B to 14B.")] = annotate.LAPTOP_MODEL,
     lora_rank: LoraRank = 16,
     lr: Annotated[float, Option(min=1e-9, max=1, help="Peak rate. Paper: 1e-5, all weights.")] = 2e-3,
-    batch: Annotated[int, Option(min=1, help="Examples of one optimiser step. Paper: 128.")] = 4,
+    batch: Annotated[int, Option(min=1, help="Examples of one optimiser step. Paper: 128.")] = 3,
     epochs: Annotated[int, Option(min=1, help="Paper: 1-2 direct, 2-3 reasoning; best is kept.")] = 1,
     max_thinking: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 96,
     max_prompt: Annotated[int, Option(min=1, help="Tokens, twice in pairs. Paper: 4096.")] = 512,

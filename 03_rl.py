@@ -456,8 +456,11 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
     return [fmean(points) if points else None for points in points_G], notes_G
 
 
-def policy_task(options: Options, run: Path, ask: Ask | None) -> Task:
-    """A policy against a frozen judge: its expected score, or eq. 4 for a pairwise judge."""
+def policy_task(options: Options, run: Path, ask: Any) -> Task:
+    """A policy against a frozen judge: its expected score, or eq. 4 for a pairwise judge.
+
+    `ask` is an `Ask`; None where only the prompts are wanted.
+    """
     tokenizer = annotate.load_tokenizer(options["model"])
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
     rows = [row for row in rows if row["split"] == "policy_train"]

@@ -222,7 +222,7 @@ def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], ro
 
 
 def output_ids(name: str, step: int, adapter: Path) -> str:
-    """How the ids of a checkpoint's outputs begin; it was another one, if its weights were others."""
+    """How the ids of a checkpoint's outputs begin."""
     return f"{name}:{step}:{identity({'adapter': adapter})}"
 
 
@@ -279,14 +279,13 @@ def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, thre
     judge = judges.get(name) or annotate.read_options(servers.run / "annotations")
     pairwise, who = name == PAIRWISE_GOLD or judge.get("pairwise"), identity(judge, servers.run)
     bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
-
     tasks, keys = {}, {}
     for row in outputs:
         task = {"id": row["id"], "instruction": row["instruction"], "output": row["output"]}
         task["other"] = bases[row["base"], row["instruction"]] if pairwise else None
         question = annotate.judge_messages(row["instruction"], row["output"], task["other"])
-        key = keys[row["id"]] = answer_key(who, question)
-        tasks[key] = task
+        keys[row["id"]] = answer_key(who, question)
+        tasks[keys[row["id"]]] = task
 
     def work(grade: Callable[..., Row], task: Row) -> Row:
         if pairwise:

@@ -191,20 +191,20 @@ def judge_all(folder: Path, columns: Row, pairs: list[Row], servers: Any, thread
     """
     rows: list[Row] = []
     for title, (name, judge, prompt) in columns.items():
-        compares, tasks, keys = prompt in (PAIRWISE, ARENA), {}, []
-        who = evaluate.identity(judge, servers.run)
-        for pair, side in product(pairs, ("output",) if compares else ("output", "other")):
+        compares, who = prompt in (PAIRWISE, ARENA), evaluate.identity(judge, servers.run)
+        sides, tasks, keys = ("output",) if compares else ("output", "other"), {}, {}
+        for (number, pair), side in product(enumerate(pairs), sides):
             task = {"prompt": prompt, "instruction": pair["instruction"], "output": pair[side]}
             task["other"] = pair["other"] if compares else None
-            keys.append(evaluate.answer_key(who, question(**task)))
-            tasks[keys[-1]] = task
+            keys[number, side] = evaluate.answer_key(who, question(**task))
+            tasks[keys[number, side]] = task
         path = folder / "scores" / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")  # a model may have a / in it
         opening, label = opened(name, judge, servers), f"{title} judges"
         done = evaluate.kept(path, tasks, judge, opening, score, label, threads)
         known = {row["id"]: row for row in done}
-        verdicts = iter([known[key] for key in keys])
-        for pair in pairs:
-            one, two = next(verdicts), {"expected": 4.5, "cause": None} if compares else next(verdicts)
+        for number, pair in enumerate(pairs):
+            one = known[keys[number, "output"]]
+            two = {"expected": 4.5, "cause": None} if compares else known[keys[number, "other"]]
             values = {"score": one["expected"], "reference": two["expected"]}
             invalid = one if one["cause"] else two
             said = invalid.get("text") or invalid.get("thinking") or ""
@@ -348,7 +348,7 @@ def battery_command(
     limit: Annotated[int, Option(min=1, help="At most so many instructions.")] = 1000,
     fail_above: Annotated[float | None, Option(min=0, max=1, help="Highest rate, with invalid.")] = None,
     json_path: Annotated[Path | None, Option("--json", help="Write one judge's results here.")] = None,
-    out: Annotated[Path, Option(help="Without --run: where all is written.")] = Path("runs/battery"),
+    out: Annotated[Path, Option(parser=annotate.user_path, help="In place of --run.")] = Path("runs/battery"),
     judge_tokens: JudgeTokens = 1024,
     judge_effort: JudgeEffort = "none",
     threads: annotate.Threads = 64,

@@ -258,13 +258,13 @@ def measure(
     from transformers import AutoModelForCausalLM
 
     shape, rng, before = o["model"].split("/")[-1], random.Random(0), held()
-    o = {**o, "lora_modules": sft.modules_of(o.get("preset") or "gpu")}
+    o = {
+        **o,
+        "lora_modules": sft.modules_of(o.get("preset") or "gpu"),
+        "checkpointing": checkpoints or torch.cuda.is_available(),
+    }
     with patch.object(AutoModelForCausalLM, "from_pretrained", random_model(shape, layers)):
         model, optimizer = sft.load_training(o, None)
-    if checkpoints:
-        base = model.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
     size = o["group"] if grpo else max(1, o["tokens_per_pass"] // (prompt + answers))
     seconds = []
 
@@ -275,7 +275,9 @@ def measure(
         began, shown = time.perf_counter(), tokens(prompt)
         if grpo:
             samples = [annotate.Sample(tokens(answers), [-11.9] * answers, "", True) for _ in range(size)]
-            group = [rl.Rollout({}, shown, s, 1.0, (-1.0) ** n, {}) for n, s in enumerate(samples)]
+            group = [
+                rl.Rollout({}, shown, s, 1.0, (-1.0) ** n, {}, s.logprobs_T) for n, s in enumerate(samples)
+            ]
             rl.update(model, optimizer, [group], o)
         else:
             pairs = [(tokens(prompt), tokens(answers)) for _ in range(size)]

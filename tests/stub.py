@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         _, after, mode, *_ = self.path.removeprefix("http://model.invalid").split("/")  # as a proxy gets it
-        text = body["messages"][-1]["content"] if "messages" in body else ""
+        text = body["messages"][-1]["content"] if body.get("messages") else ""
         with self.server.lock:
             number = self.server.asked[self.path] = self.server.asked[self.path] + 1
             self.server.bodies.append(body)

@@ -431,6 +431,7 @@ def test_a_busy_server_is_waited_for_and_a_dead_one_is_no_bad_record() -> None:
             assert end.value.status_code == status
 
 
+FOUR = [{"role": "user", "content": "four"}]
 NO_ANSWERS = "null empty no-message null-message no-choices list number html half nothing short drop".split()
 
 
@@ -452,6 +453,7 @@ def test_a_request_without_an_answer_is_a_bad_record(tmp_path: Path, mode: str, 
         assert some.exit_code == 0, some.output
         causes = {r["id"]: r["cause"] for r in labels(tmp_path) if r["label"] is None}
         assert len(causes) == 2 and all(r["label"] is not None or r["id"] in causes for r in labels(tmp_path))
+        assert len(bodies) == 32, "each is asked once a command"
         for cause in causes.values():
             assert cause.startswith("no answer: ") and len(cause.split()) > 3 and "Traceback" not in cause
         asked = len(bodies)
@@ -463,7 +465,7 @@ def test_an_answer_in_parts() -> None:
     """Fault F1: text parts are joined, thinking parts are the reasoning, in either of their forms."""
     with stub() as url:
         endpoint = annotate.Endpoint(f"{url}/0/parts/v1", "secret", "gold", 0)
-        verdict = annotate.grade_by_chat(endpoint, [], "0123456789", 4, "none")
+        verdict = annotate.grade_by_chat(endpoint, FOUR, "0123456789", 4, "none")
     told = {"label": 4, "expected": 4, "text": "4", "reasoning": "Well, well.", "cause": None}
     assert verdict == told
 
@@ -508,7 +510,7 @@ def test_other_words_for_stop(tmp_path: Path, mode: str) -> None:
     bodies: list[Any] = []
     with stub(bodies) as url:
         result = chat_gold(tmp_path, f"{url}/0/{mode}")
-    assert result.exit_code == 0 and len(bodies) == 16
+    assert result.exit_code == 0 and len(bodies) == 24 + 16  # gold's proof, then each once
     assert all(r["label"] is not None for r in labels(tmp_path))
 
 
@@ -518,7 +520,7 @@ def test_nobody_waits_for_hours(monkeypatch: Any) -> None:
     monkeypatch.setattr(annotate, "PATIENCE", 2)
     bodies: list[Any] = []
     with stub(bodies) as url:
-        ask = partial(annotate.Endpoint(f"{url}/2/minute/v1", "secret", "gold").chat, [], 4)
+        ask = partial(annotate.Endpoint(f"{url}/2/minute/v1", "secret", "gold").chat, FOUR, 4)
         assert ask()[2] and ask()[2]
         with pytest.raises(annotate.NoAnswer, match="timed out"):  # the server answered a moment ago
             ask()
@@ -529,16 +531,15 @@ def test_nobody_waits_for_hours(monkeypatch: Any) -> None:
 
 def test_our_own_servers_need_no_proxy_and_no_certificate(monkeypatch: Any, capsys: Any) -> None:
     """Fault F14: the environment's are for other people's servers, and what is wrong with them is said."""
-    message = [{"role": "user", "content": "four"}]
     with stub() as url:
         monkeypatch.setenv("HTTP_PROXY", url)
         foreign = annotate.Endpoint("http://model.invalid/0/ok/v1", "secret", "gold", 0)
-        assert foreign.chat(message, 4)[0] == "4", "through the proxy"
+        assert foreign.chat(FOUR, 4)[0] == "4", "through the proxy"
         monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
         monkeypatch.setenv("SSL_CERT_FILE", "/nowhere")
         ours = annotate.Endpoint(f"{url}/0/ok/v1", "secret", "gold", 0)
-        assert ours.status() == 200 and ours.chat(message, 4)[0] == "4"
+        assert ours.status() == 200 and ours.chat(FOUR, 4)[0] == "4"
     with pytest.raises(SystemExit):
         annotate.open_endpoint("https://model.invalid/v1", "gold", "GOLD_API_KEY")
     assert "https://model.invalid/v1: the environment's proxy or certificates" in capsys.readouterr().err

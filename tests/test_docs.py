@@ -23,7 +23,8 @@ from conftest import ROOT, annotate
 from typer.main import get_command
 
 evaluate = import_module("04_evaluate")
-FILES = [path for where in ("", "docs", "results", "tests/forks") for path in (ROOT / where).glob("*.md")]
+FOLDERS = ("", "docs", "results", "tests/forks", "tests/course")
+FILES = [path for where in FOLDERS for path in (ROOT / where).glob("*.md")]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(FILES)}
 SCRIPTS = sorted(ROOT.glob("0*.py"))
 TABLE = r"\n((?:\|[^\n]*\n)+)"

@@ -85,15 +85,14 @@ def test_fluency_reads_no_more_than_the_first_tokens(tokenizer: Any) -> None:
     """Log-probabilities of a whole long prompt take memory that no engine has set aside (vllm#5907)."""
     asked: list[int] = []
 
-    def create(prompt: list[int], **_: Any) -> Any:
-        asked.append(len(prompt))
-        places = [{str(token): {"logprob": -2.0}} for token in prompt]
-        return SimpleNamespace(choices=[SimpleNamespace(prompt_logprobs=places)])
+    def ask(prompt: list[int], request: Any, read: Any) -> Any:
+        asked.append(len(request["prompt"]))
+        places = [{str(token): {"logprob": -2.0}} for token in request["prompt"]]
+        return read([{"prompt_logprobs": places}])
 
     def written(words: int, tokens: int) -> Any:
         sample = annotate.Sample([5] * tokens, [0.0] * tokens, "x", True)
-        client = SimpleNamespace(completions=SimpleNamespace(create=create))
-        endpoint = SimpleNamespace(model="m", sample=lambda *_, **__: [sample], client=lambda _: client)
+        endpoint = SimpleNamespace(model="m", sample=lambda *_, **__: [sample], ask=ask)
         policy = {"temperature": 1.0, "max_tokens": tokens}
         return evaluate.write_output(policy, tokenizer, (endpoint, None), {"instruction": "rain " * words})
 
@@ -289,6 +288,7 @@ def test_a_policy_is_compared_with_its_own_base(folder: Path, other: dict[str, A
     about = {"model": MODEL, "judge": "gold", "lora_rank": 16, "lora_modules": [], "max_prompt": 9}
     about |= {"max_tokens": 32, "temperature": 0.7, **other}
     annotate.write_json(folder / "policies/other/policy.json", about)
+    make_adapter(folder / "policies/other/checkpoints/step-000001", about["model"])
     bases = {name: policy["base"] for name, policy in evaluate.trained_policies(folder).items()}
     assert bases.pop("other") not in bases.values() and len(set(bases.values())) == 1
 

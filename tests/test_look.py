@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
             policy = {**settings, "judge": f"{name}-{'sft' if name == 'direct' else 'rl'}", "max_tokens": 32}
             annotate.write_json(folder / "policy.json", {**policy, "temperature": 0.7})
             write_adapter(folder / "checkpoints/step-000004")
-            who = f"{name}:4:{evaluate.fingerprint({'adapter': folder / 'checkpoints/step-000004'})}"
+            who = evaluate.output_ids(name, 4, folder / "checkpoints/step-000004")
             metrics = [{"step": n, "reward": 5.0 + n, "invalid": 0.1 * n} for n in range(4)]
             metrics = [{**row, "length": 9.0, "truncated": 0.0} for row in metrics]
             annotate.write_jsonl(folder / "metrics.jsonl", metrics)
@@ -75,14 +75,19 @@ def run(tmp_path: Path) -> Path:
             row |= {"instruction": TEXTS[n], "output": text, "tokens": 7, "finished": True, "fluency": -1.0}
             outputs.append(row)
             for judge in own if name == "base" else [name]:
-                own[judge].append({"id": row["id"], "expected": None if n == 1 else 4.0 + n / 7})
+                own[judge].append((row["instruction"], text, None if n == 1 else 4.0 + n / 7))
     annotate.write_jsonl(run / "evaluation/outputs.jsonl", outputs)
     annotate.write_json(run / "evaluation/config.json", {"options": {}})
     annotate.write_json(run / "evaluation/judges.json", {"direct-sft": {"alpha": 61.25, "invalid": 0.0}})
     judges = evaluate.trained_judges(run)
     for name, scores in own.items():
         judge = next(judge for judge in judges if judge.startswith(name))
-        annotate.write_jsonl(run / "evaluation/scores" / evaluate.file_of(judge, judges), scores)
+        who = evaluate.identity(judges[judge], run)
+        records = [
+            {"id": evaluate.answer_key(who, annotate.judge_messages(*text)), "expected": expected}
+            for *text, expected in scores
+        ]
+        annotate.write_jsonl(run / "evaluation/scores" / f"{judge}.jsonl", records)
     stage(evaluate, f"gold --run {run}")
     write_adapter(run / "policies/direct/checkpoints/step-000002")
     gaps = annotate.read_jsonl(run / "evaluation/scored.jsonl")

@@ -65,9 +65,10 @@ def test_a_step_whose_judgements_all_fail_ends_the_command(capsys: Any) -> None:
         left = iter(causes)
         ask = lambda *_: {"expected": None, "cause": next(left)}  # noqa: E731
         task = rl.Task([], lambda row: [1], partial(rl.pointwise_rewards, ask))
-        return rl.collect(server, "a", task, [{"instruction": "i"}], options)
+        return rl.collect(server, "a", task, [[{"instruction": "i"}]], options)
 
-    assert [r.reward for r in collect("no answer: cut", "not a label")[0]] == [None, None]
+    ((group,),) = collect("no answer: cut", "not a label")
+    assert [r.reward for r in group] == [None, None]
     with pytest.raises(SystemExit):
         collect("no answer: cut", "refused (400): no")
     assert "all 2 judgements of this step failed" in capsys.readouterr().err
@@ -400,6 +401,7 @@ def test_a_run_may_be_moved(tmp_path: Path, monkeypatch: Any) -> None:
             (tmp_path / "run").symlink_to(tmp_path / name)  # where the base model was
         result = CliRunner().invoke(rl.app, ["judge", "--judge", "mine", "--run", str(tmp_path / name)])
         assert len(found) == 1 + (name == "renamed"), result.output
+        annotate.LOCKS.pop().release()  # as the end of a process does
     assert found == [tmp_path / name / "judges/mine-sft/epoch-1" for name in ("run", "renamed")]
 
 

@@ -39,7 +39,7 @@ class Says:
     def ask(self, prompt: list[int], request: Any, read: Any) -> Any:
         self.asked.append(request["prompt"])
         tokens = [f"token_id:{i}" for i in request["allowed_token_ids"]]
-        top = {token: math.log(p) for token, p in zip(tokens, self.probabilities)}
+        top = {token: math.log(p) for token, p in zip(tokens, self.probabilities) if p}
         return read([{"logprobs": {"top_logprobs": [top]}}])
 
 
