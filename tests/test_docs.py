@@ -202,3 +202,18 @@ def test_hours_and_memory_of_the_hardware_page_are_those_of_the_formulas() -> No
             assert (f"{sums[0] / 1e9:.1f}", f"{sums[1] / 1e9:.0f}") == (with_checkpoints, without), name
             shapes.pop(name)
     assert list(shapes) == ["SmolLM2-135M"]
+
+
+def test_the_settings_shown_are_the_defaults() -> None:
+    cost, readme, page = import_module("cost"), PAGES["README.md"], PAGES["docs/fidelity.md"]
+    for preset in ("laptop", "node"):
+        one, two, *loops = cost.all_options(preset)
+        for o in loops:
+            rate = f"{o['lr']:.0e}".replace("e-0", "e-")
+            steps = f"{o['minibatches']} minibatches, {o['steps']} steps"
+            assert f"|{rate}, {o['prompts']} × {o['group']}, {steps}" in page
+        if preset == "laptop":
+            assert f"{one['judge_train']} instructions by template, {one['outputs']} outputs each" in page
+            assert f"same {one['judge_train'] * one['outputs']} examples" in readme
+            rate = f"{two['lr']:.0e}".replace("e-0", "e-")
+            assert f"|{rate}, batch {two['batch']}; {two['epochs']} epoch" in page
