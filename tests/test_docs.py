@@ -181,3 +181,39 @@ def test_the_readme_counts_the_seeds_that_show_each_finding(tmp_path: Path) -> N
             count = sum(line.startswith(f"finding {number}: shown") for line in lines)
             cells.append(f"{count} of {len(load(file))}")
     assert [line.strip("|").split("|")[1:] for line in table.splitlines()[2:]] == shown
+
+
+def test_hours_and_memory_of_the_hardware_page_are_those_of_the_formulas() -> None:
+    cost, lines = import_module("cost"), PAGES["docs/hardware.md"].splitlines()
+    cards = [("gpu", "gpu-24GB", False), ("gpu", "gpu-80GB", True), ("node", "node", True)]
+    columns = [[hours for _, hours in cost.stages(p, cost.CARDS[card], large)] for p, card, large in cards]
+    wanted = [
+        [f"{hours:.1f}" for hours in row] for row in zip(*[[*column, sum(column)] for column in columns])
+    ]
+    first = next(n for n, line in enumerate(lines) if line.startswith("|01, high effort|"))
+    assert [line.strip("|").split("|")[1:] for line in lines[first : first + len(wanted)]] == wanted
+    shapes = {re.sub("-Instruct", "", name): name for name in cost.SHAPES}
+    for line in lines:
+        if found := re.fullmatch(r"\|([\w.-]+), (\d+)\|.*\|([\d.]+)\|(\d+)\|", line):
+            name, rank, with_checkpoints, without = found.groups()
+            sums = [
+                sum(cost.memory(shapes[name], 8192, 8192, int(rank), 2, c).values()) for c in (True, False)
+            ]
+            assert (f"{sums[0] / 1e9:.1f}", f"{sums[1] / 1e9:.0f}") == (with_checkpoints, without), name
+            shapes.pop(name)
+    assert list(shapes) == ["SmolLM2-135M"]
+
+
+def test_the_settings_shown_are_the_defaults() -> None:
+    cost, readme, page = import_module("cost"), PAGES["README.md"], PAGES["docs/fidelity.md"]
+    for preset in ("laptop", "node"):
+        one, two, *loops = cost.all_options(preset)
+        for o in loops:
+            rate = f"{o['lr']:.0e}".replace("e-0", "e-")
+            steps = f"{o['minibatches']} minibatches, {o['steps']} steps"
+            assert f"|{rate}, {o['prompts']} × {o['group']}, {steps}" in page
+        if preset == "laptop":
+            assert f"{one['judge_train']} instructions by template, {one['outputs']} outputs each" in page
+            assert f"same {one['judge_train'] * one['outputs']} examples" in readme
+            rate = f"{two['lr']:.0e}".replace("e-0", "e-")
+            assert f"|{rate}, batch {two['batch']}; {two['epochs']} epoch" in page
