@@ -405,7 +405,9 @@ def change(scores: Row, key: str, number: str = "{:+.1f}") -> Change:
         return Change(f"{number.format(lift)} (too few: {n - invalid}){invalid_text}", 0)
     low, high = interval
     text = f"{number.format(lift)} [{number.format(low)}, {number.format(high)}]{invalid_text}"
-    return Change(text, int(low > 0) - int(high < 0))
+    if low > 0:
+        return Change(text, 1)
+    return Change(text, -1 if high < 0 else 0)
 
 
 def findings(run: Path) -> list[str]:
@@ -906,10 +908,10 @@ def play(endpoint: Any, task: Row) -> Row:
 
 
 def play_games(path: Path, tasks: list[Row], who: str, arena_judge: str, opening: Any, threads: int) -> None:
-    """Bring `path`, the judgments of the policy `who`, up to date with `tasks`; print the cost first.
+    """Judge `tasks`, the answers of the policy `who`, where `path` lacks them; print first what that costs.
 
-    Judgments of other weights or texts, and calls that failed, are made again; those of questions that are
-    not among the `tasks` stay. For the cost, a token has four characters, and a judge's answer 800 tokens.
+    Judgments of other weights or texts and calls that failed leave `path`; those of questions that are not
+    among the `tasks` stay. For the cost, a token has four characters, and a judge's answer 800 tokens.
     """
     games, judge_who = {}, identity({"model": arena_judge})
     for task in tasks:
@@ -925,10 +927,9 @@ def play_games(path: Path, tasks: list[Row], who: str, arena_judge: str, opening
     characters = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo)
     tokens = f"{2 * characters // 4:,} tokens in, {2 * 800 * len(todo):,} out"
     print(f"{2 * len(todo)} calls of {arena_judge}: about {tokens}")
+    label = f"games of {path.parent.name}"
     with opening as endpoint:
-        rows = annotate.map_to_jsonl(
-            path, games, partial(play, endpoint), f"games of {path.parent.name}", threads
-        )
+        rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), label, threads)
     failed = [row["cause"] for row in rows if row["cause"]]
     if failed:
         print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
@@ -977,13 +978,10 @@ def arena_command(
     publish(folder, label, tokenizer, ours)
     tasks = [{**task, "ours": ours[task["uid"]]} for task in tasks]
     url = arena_url if arena_url or "/" in arena_judge else HOSTED
-    longest = (
-        LONGEST + 2 * JUDGMENT
-    )  # tokens of a game: one that is cut off is played again with twice as many
+    longest = LONGEST + 2 * JUDGMENT  # tokens: a game that is cut off is played again with twice as many
     opening = annotate.chat_endpoint(arena_judge, url, "ARENA_API_KEY", longest, gpus, run / "logs")
-    play_games(
-        folder / "model_judgment" / judge / f"{label}.jsonl", tasks, who, arena_judge, opening, threads
-    )
+    path = folder / "model_judgment" / judge / f"{label}.jsonl"
+    play_games(path, tasks, who, arena_judge, opening, threads)
     for kind in kinds:
         arena_score_command(folder, kind, folder / f"scores-{judge}-{kind}.json", judge)
 
