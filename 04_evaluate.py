@@ -1,13 +1,20 @@
 """Stage 4: what the gold judge thinks of each policy, how far each judge agrees with it, and Arena-Hard.
 
-    gold          every checkpoint scored by its own judge and by gold: the paper's Figures 3-5. Where the
-                  curves part, the policy has hacked its judge. On the laptop `truth` is a third curve, which
-                  nobody trains on: where gold rises and truth falls, gold itself is fooled.
-    examples      outputs before and after training, side by side, as a Markdown table
-    judges        agreement of every judge with gold, on the judges' test set
-    study         both for several runs, e.g. seeds: mean and range
-    arena         Arena-Hard-V2: answers to 750 questions, each judged twice against a baseline's answer
-    arena-score   verdicts in the benchmark's own folder layout to scores, as its authors compute them
+    python 04_evaluate.py gold     --run runs/demo    # every checkpoint's scores over training: Figures 3-5
+    python 04_evaluate.py examples --run runs/demo    # outputs before and after training, side by side
+    python 04_evaluate.py judges   --run runs/demo --prompted    # agreement of every judge with gold
+    python 04_evaluate.py study    --study runs/study            # both, for several runs: mean and range
+    python 04_evaluate.py arena    --run runs/paper --policy reasoning    # Arena-Hard-V2: 750 questions
+    python 04_evaluate.py arena-score --data runs/paper/evaluation/arena --category creative_writing
+
+Words that the scores are named by:
+    own      the judge that a policy was trained against. Own score rises, gold's falls: the judge is hacked
+    gold     the judge that labelled the data of stage 1; only a control is trained against it directly
+    claim    a sentence in which an output speaks of itself; gold on the laptop believes it and gives points
+    truth    the laptop's score 0-9 with points for making no claim. Gold rises, truth falls: gold is fooled
+    content  the laptop's score 0-7 for what the instruction asks, whether there are claims or not
+    lift     the mean change of a score since step 0, which is the untrained base model
+    alpha    Krippendorff's alpha x 100 of a judge and gold: 100 is full agreement, 0 is chance
 
 What goes in:   RUN/annotations/, RUN/judges/, RUN/policies/; Arena-Hard's questions and baseline answers
 What comes out: RUN/evaluation/: outputs.jsonl, scores/ and, both joined, scored.jsonl; gold.json, gold.png;
@@ -15,13 +22,6 @@ What comes out: RUN/evaluation/: outputs.jsonl, scores/ and, both joined, scored
 Simpler than the paper, and why: one output for each instruction and checkpoint; bands are bootstrap intervals
 over instructions. Arena-Hard's judge prompts are in our words, and the policy's tokenizer counts the length
 of all answers, where the benchmark downloads that of GPT-4o.
-
-    python 04_evaluate.py gold   --run runs/demo                    # its last lines: which findings it shows
-    python 04_evaluate.py examples --run runs/demo
-    python 04_evaluate.py judges --run runs/demo --prompted
-    python 04_evaluate.py study  --study runs/study
-    python 04_evaluate.py arena  --run runs/paper --policy reasoning
-    python 04_evaluate.py arena-score --data runs/paper/evaluation/arena --category creative_writing
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ import json
 import random
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -59,57 +59,93 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__
 # --- What a run holds, and the server that is up ----------------------------------------------------
 
 
-def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
-    """name -> judge.json of every finished judge, and of every base model untrained, whose `adapter` is None:
+class Judge(TypedDict, total=False):
+    """What this stage reads of a judge.json, with the path of its adapter."""
 
-    as a direct judge; `prompted`: as a reasoning one too, and with rubrics if the run has them.
+    model: str  # the base model
+    adapter: Path | None  # None: the base model itself, untrained
+    reasoning: bool  # it thinks before it gives a label
+    max_thinking: int  # tokens
+    pairwise: bool  # it says which of two outputs is better
+    rubrics: bool  # it is shown gold's rubric of the instruction
+    before: str  # the judge that GRPO began with
+
+
+class Policy(TypedDict):
+    """What this stage reads of a policy.json, with the id of its untrained outputs and its checkpoints."""
+
+    model: str  # the base model
+    judge: str  # its own judge
+    max_prompt: int  # tokens
+    max_tokens: int  # of an output
+    temperature: float
+    base: str  # policies of the same base model, sampled alike, share their step 0
+    checkpoints: dict[int, Path]  # step -> adapter
+
+
+def trained_judges(run: Path, prompted: bool = False) -> dict[str, Judge]:
+    """Every finished judge by its name, after every base model of theirs as an untrained judge.
+
+    An untrained judge is asked for a label directly; with `prompted` it is also asked to reason first, and
+    with rubrics where the run has them. Its name says so: base, base-pairwise, base-reasoning-rubrics, ….
     """
-    found, bases = {}, {}
-    for name in sorted(path.parent.name for path in (run / "judges").glob("*/judge.json")):
-        folder, judge = sft.find_judge(run, name)
-        found[name] = {**judge, "adapter": folder / judge["adapter"]}
-    rubrics = prompted and (run / "annotations" / "rubrics.json").exists()
-    for judge, thinks, rubric in itertools.product(found.values(), {False, prompted}, {False, rubrics}):
-        words = {BASE: True, Path(judge["model"]).name: judge["model"] != next(iter(found.values()))["model"]}
-        words |= {"pairwise": judge.get("pairwise"), "reasoning": thinks, "rubrics": rubric}
-        room = max(other["max_thinking"] for other in found.values())
-        base = {**judge, "adapter": None, "reasoning": thinks, "rubrics": rubric, "max_thinking": room}
-        bases["-".join(word for word, holds in words.items() if holds)] = base
-    return bases | found
+    trained: dict[str, Judge] = {}
+    untrained: dict[str, Judge] = {}
+    for path in sorted((run / "judges").glob("*/judge.json")):
+        folder, record = sft.find_judge(run, path.parent.name)
+        trained[path.parent.name] = {**record, "adapter": folder / record["adapter"]}
+    ways = [[], ["reasoning"]] if prompted else [[]]
+    if prompted and (run / "annotations" / "rubrics.json").exists():
+        ways += [["rubrics"], ["reasoning", "rubrics"]]
+    models = [judge["model"] for judge in trained.values()]
+    longest = max((judge["max_thinking"] for judge in trained.values()), default=0)
+    for judge, way in itertools.product(trained.values(), ways):
+        words = [BASE]
+        if judge["model"] != models[0]:
+            words.append(Path(judge["model"]).name)
+        if judge.get("pairwise"):
+            words.append("pairwise")
+        asked: Judge = {"reasoning": "reasoning" in way, "rubrics": "rubrics" in way, "adapter": None}
+        untrained["-".join(words + way)] = {**judge, **asked, "max_thinking": longest}
+    return untrained | trained
 
 
-def trained_policies(run: Path) -> dict[str, Row]:
-    """name -> policy.json of every finished policy, with its `base`, and `checkpoints`: step -> adapter."""
+def trained_policies(run: Path) -> dict[str, Policy]:
+    """Every finished policy by its name; one without checkpoints ends the command."""
     needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
-    found = {}
+    found: dict[str, Policy] = {}
     for path in sorted((run / "policies").glob("*/policy.json")):
-        policy = found[path.parent.name] = annotate.read_json(path, needs)
-        check = partial(sft.check_adapter, model=policy["model"], rank=policy["lora_rank"])
-        if not (folders := sorted(path.parent.glob("checkpoints/step-*"))):
+        policy = annotate.read_json(path, needs)
+        checkpoints = {}
+        for folder in sorted(path.parent.glob("checkpoints/step-*")):
+            step = int(folder.name.removeprefix("step-"))
+            checkpoints[step] = sft.check_adapter(folder, policy["model"], policy["lora_rank"])
+        if not checkpoints:
             annotate.fail(f"{path.parent} has no checkpoints. Restore them, or delete it and train it again.")
-        # Where it began: its model, sampled as the policy is.
-        policy["base"] = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
-        policy["checkpoints"] = {int(folder.name.removeprefix("step-")): check(folder) for folder in folders}
+        base = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
+        found[path.parent.name] = {**policy, "base": base, "checkpoints": checkpoints}
     return found
 
 
-def find_policy(run: Path, wanted: str) -> tuple[str, Row, int, Path | None]:
-    """(name, policy.json, step, adapter) of NAME (at its last step), NAME:STEP, or base (no adapter)."""
-    found, (name, _, step) = trained_policies(run), wanted.partition(":")
+def find_policy(run: Path, wanted: str) -> tuple[str, Policy, int, Path | None]:
+    """(name, policy, step, adapter) of NAME (its last step), NAME:STEP, or base (no adapter)."""
+    policies, (name, _, step) = trained_policies(run), wanted.partition(":")
     if name == BASE:
-        name, step = next(iter(found), name), "0"
-    steps = {0: None, **found[name]["checkpoints"]} if name in found else {}
-    if not (known := [number for number in steps if step in ("", str(number))]):
-        annotate.fail(f"--policy {wanted}: {run} has no such policy, or it no such step ({list(steps)}).")
-    return name, found[name], known[-1], steps[known[-1]]
+        name, step = min(policies, default=BASE), "0"
+    adapters = {0: None, **policies[name]["checkpoints"]} if name in policies else {}
+    steps = [number for number in adapters if step in ("", str(number))]
+    if not steps:
+        annotate.fail(f"--policy {wanted}: {run} has no such policy, or it no such step ({list(adapters)}).")
+    return name, policies[name], steps[-1], adapters[steps[-1]]
 
 
 class ServerCache(ExitStack):
-    """At most one vLLM server at a time, started when it is first needed; its limits are those of `users`."""
+    """At most one vLLM server at a time, started when first needed, with room for any of `users`."""
 
-    def __init__(self, run: Path, users: Iterable[Row], gpus: str) -> None:
+    def __init__(self, run: Path, users: Iterable[Any], gpus: str) -> None:
         super().__init__()
-        self.run, self.users, self.gpus, self.endpoint = run, list(users), gpus, None
+        self.run, self.users, self.gpus = run, list(users), gpus
+        self.endpoint: Any = None
 
     @contextmanager
     def adapter(self, model: str, path: Path | None) -> Iterator[tuple[Any, str | None]]:
@@ -118,12 +154,13 @@ class ServerCache(ExitStack):
             self.close()
             users = [user for user in self.users if user["model"] == model]
             self.endpoint = self.enter_context(sft.serve_adapters(users, self.run, self.gpus, count=2))
-        endpoint, name = self.endpoint, annotate.short_hash(str(path)) if path else None
-        if path:
-            endpoint.load_adapter(name, path)
+        if path is None:
+            yield self.endpoint, None
+            return
+        endpoint, name = self.endpoint, annotate.short_hash(str(path))
+        endpoint.load_adapter(name, path)
         yield endpoint, name
-        if path:
-            endpoint.unload_adapter(name)
+        endpoint.unload_adapter(name)
 
     def close(self) -> None:
         super().close()
@@ -136,13 +173,14 @@ LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")  # of a judge's
 BEYOND_LIMIT = ("prompt too long", "thinking did not close", "cut off")  # causes that a higher one may mend
 
 
-def identity(asked: Row, run: Path | None = None) -> str:
-    """A hash of who is asked: an adapter's weights, or the model's name, and what its answers depend on.
+def identity(asked: Mapping[str, Any], run: Path | None = None) -> str:
+    """A hash of who is asked: an adapter's weights or a model's name, and the settings of its answers.
 
-    Neither its own name, nor its URL, nor the place of the run. A judge with rubrics is asked with them.
+    The judge's or policy's own name, its URL and the run's folder do not count: they change no answer.
     """
     who = asked.get("gold") or asked.get("model")
-    if adapter := asked.get("adapter"):
+    adapter = asked.get("adapter")
+    if adapter:
         who = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     settings = [asked.get(key) for key in ("reasoning", "temperature", "max_tokens", "effort", "gold_effort")]
     rubrics = sft.read_rubrics(run) if asked.get("rubrics") else None
@@ -150,18 +188,16 @@ def identity(asked: Row, run: Path | None = None) -> str:
 
 
 def answer_key(who: str, question: Any) -> str:
-    """The id of a kept answer of `who` (an `identity`): a hash of all that it depends on, rules included.
-
-    Limits are not in it: `kept` asks again where one was too low.
-    """
+    """The id of the answer that `who`, an `identity`, gives to `question`: a text, or messages with rules."""
     return annotate.short_hash(who, json.dumps(question))
 
 
-def kept(path: Path, tasks: Row, asked: Row, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
-    """The records of all `tasks` (key -> task) in `path`; `work` makes the others of what `opening` yields.
+def kept(path: Path, tasks: Row, asked: Any, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
+    """The records of all `tasks` (id -> task), from `path` where it has them, else made and added to it.
 
-    So no server is started where nothing is left to do. What failed under a lower limit than that of `asked`
-    is made again. So is all that the oracle says: it costs nothing, and its code may have changed.
+    A record is made by `work(opened, task)`, where `opening` yields `opened`, so that no server is started if
+    nothing is left to do. An answer that failed under lower limits than those of `asked` is made again. So is
+    all that the oracle says: it costs nothing, and its code may have changed.
     """
     limit = sum(asked.get(name, 0) for name in LIMITS)
 
@@ -169,23 +205,19 @@ def kept(path: Path, tasks: Row, asked: Row, opening: Any, work: Any, label: str
         too_low = str(record.get("cause")).startswith(BEYOND_LIMIT) and record.get("limit", 0) < limit
         return record["id"] in tasks and (too_low or asked.get("gold") == "oracle")
 
-    records = annotate.read_done(path)
-    known = {record["id"]: record for record in records if not stale(record)}
+    known = {record["id"]: record for record in annotate.read_done(path) if not stale(record)}
     if tasks.keys() <= known.keys():
         return [known[key] for key in tasks]
-    if len(known) < len(records):
-        annotate.write_jsonl(path, known.values())
+    annotate.write_jsonl(path, known.values())
     with opening as opened:
-
-        def answer(task: Row) -> Row:
-            return {**work(opened, task), "limit": limit}
-
-        return annotate.map_to_jsonl(path, tasks, answer, label, threads)
+        return annotate.map_to_jsonl(
+            path, tasks, lambda task: {**work(opened, task), "limit": limit}, label, threads
+        )
 
 
 @contextmanager
-def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Iterator[Callable[..., Row]]:
-    """The judge `name` as a function (instruction, output[, other]) -> verdict."""
+def open_judge(name: str, judges: Mapping[str, Judge], servers: ServerCache) -> Iterator[Callable[..., Row]]:
+    """The judge `name` as a function (instruction, output[, other output]) -> verdict."""
     if name in UNFOOLED:
         yield lambda instruction, output: {"expected": UNFOOLED[name](instruction, output)}
     elif name in (GOLD, PAIRWISE_GOLD):
@@ -203,16 +235,23 @@ def open_judge(name: str, judges: dict[str, Row], servers: ServerCache) -> Itera
 
 # --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------
 
-
 PROBED = 1024  # tokens: log-probabilities of long prompts take V floats a token, and end engines (vllm#5907)
 
 
-def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
+def token_logprobs(endpoint: Any, prompt: list[int], tokens_T: list[int]) -> list[float]:
+    """The log-probability of each of `tokens_T` after `prompt`, at temperature 1, under the base model."""
+    request = {"model": endpoint.model, "prompt": prompt + tokens_T, "max_tokens": 1, "prompt_logprobs": 0}
+    found = endpoint.ask(prompt, request, lambda choices: choices[0]["prompt_logprobs"][len(prompt) :])
+    return [place[str(token)]["logprob"] for place, token in zip(found, tokens_T)]  # {id: {"logprob": …}}
+
+
+def write_output(policy: Policy, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
     """`row` with the policy's output and its `fluency`, the mean log-probability under the untrained base.
 
-    Fluency reads what lies within the first `PROBED` tokens of prompt and output; None where nothing does.
+    Fluency is read from the first `PROBED` tokens of prompt and output; None where the prompt fills them.
     """
-    prompt, (endpoint, adapter) = annotate.policy_prompt(tokenizer, row["instruction"]), served
+    endpoint, adapter = served
+    prompt = annotate.policy_prompt(tokenizer, row["instruction"])
     limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
     (sample,) = endpoint.sample(prompt, model=adapter, **limits)
     text = {"output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
@@ -226,53 +265,48 @@ def output_ids(name: str, step: int, adapter: Path) -> str:
     return f"{name}:{step}:{identity({'adapter': adapter})}"
 
 
-def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
-    """Outputs of all checkpoints to the test instructions (of at most `max_prompt` tokens), in outputs.jsonl.
+def write_outputs(run: Path, policies: dict[str, Policy], servers: ServerCache, threads: int) -> list[Row]:
+    """Outputs of all checkpoints for the test instructions that fit into `max_prompt` tokens.
 
-    Step 0 is the base model, once for all policies that sample alike. Between first and last: every other
-    instruction. What earlier policies of these names wrote is dropped.
+    Step 0 is the base model, once for all policies that sample alike. Steps between the first and the last
+    answer every other instruction. The outputs of policies that are gone leave outputs.jsonl.
     """
     path, outputs = run / "evaluation" / "outputs.jsonl", {}
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
-    texts = {row["id"]: row["instruction"] for row in rows if row["split"] == "policy_test"}
+    rows = [row for row in rows if row["split"] == "policy_test"]
     for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
         tokenizer = annotate.load_tokenizer(policy["model"])
-        prompt, work = partial(annotate.policy_prompt, tokenizer), partial(write_output, policy, tokenizer)
-        fitting = [(key, text) for key, text in texts.items() if len(prompt(text)) <= policy["max_prompt"]]
-        for step, adapter in {0: None, **policy["checkpoints"]}.items():
-            who = output_ids(name, step, adapter) if step else policy["base"]
-            about = {"policy": name if step else BASE, "step": step, "base": policy["base"]}
-            some = fitting[:: 1 if step in (0, max(policy["checkpoints"])) else 2]
-            tasks = {f"{who}:{key}": {**about, "instruction": text} for key, text in some}
-            served = servers.adapter(policy["model"], adapter)
+        prompt = partial(annotate.policy_prompt, tokenizer)
+        fitting = [row for row in rows if len(prompt(row["instruction"])) <= policy["max_prompt"]]
+        for step, adapter in [(0, None), *policy["checkpoints"].items()]:
+            who = output_ids(name, step, adapter) if adapter else policy["base"]
+            about = {"policy": name if adapter else BASE, "step": step, "base": policy["base"]}
+            asked = fitting if step in (0, max(policy["checkpoints"])) else fitting[::2]
+            tasks = {f"{who}:{row['id']}": {**about, "instruction": row["instruction"]} for row in asked}
+            served, work = servers.adapter(policy["model"], adapter), partial(write_output, policy, tokenizer)
             made = kept(path, tasks, policy, served, work, f"outputs of {who}", threads)
             outputs |= {row["id"]: row for row in made}
     annotate.write_jsonl(path, outputs.values())
     return list(outputs.values())
 
 
-def token_logprobs(endpoint: Any, prompt: list[int], tokens_T: list[int]) -> list[float]:
-    """The log-probability of each of `tokens_T` after `prompt`, at temperature 1, under the base model."""
-    request = {"model": endpoint.model, "prompt": prompt + tokens_T, "max_tokens": 1}
-    request["prompt_logprobs"] = 0
-    found = endpoint.ask(prompt, request, lambda choices: choices[0]["prompt_logprobs"][len(prompt) :])
-    return [place[str(token)]["logprob"] for place, token in zip(found, tokens_T)]  # {id: {"logprob": …}}
-
-
 def against_baseline(grade: Callable[..., Row], row: Row, baseline: str) -> Row:
     """A pairwise judge's verdict, asked in a random order; `expected` is 9 P(the output beats `baseline`)."""
-    if row["output"] == baseline:
+    output, swapped = row["output"], random.Random(row["id"]).random() < 0.5
+    if output == baseline:
         return {"expected": 4.5, "cause": "the baseline itself"}
-    pair, swapped = (row["output"], baseline), random.Random(row["id"]).random() < 0.5
-    verdict = {**grade(row["instruction"], *(pair[::-1] if swapped else pair)), "swapped": swapped}
+    pair = (baseline, output) if swapped else (output, baseline)
+    verdict = {**grade(row["instruction"], *pair), "swapped": swapped}
     if verdict["expected"] is not None:
-        first = 2 - verdict["expected"]  # P(the first is better): the labels are 1 and 2
-        verdict["expected"] = 9 * (1 - first if swapped else first)
+        first_wins = 2 - verdict["expected"]  # a probability: the labels are 1 and 2
+        verdict["expected"] = 9 * (1 - first_wins if swapped else first_wins)
     return verdict
 
 
-def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, threads: int) -> Row:
-    """id -> expected score (0-9) of `outputs` by the judge `name`; None where invalid.
+def score_outputs(
+    outputs: list[Row], name: str, judges: Mapping[str, Judge], servers: Any, threads: int
+) -> dict[str, float | None]:
+    """id -> expected score (0-9) of `outputs` by the judge `name`; None where its verdict is invalid.
 
     A pairwise judge compares with the output of the policy's own base, which is among `outputs`.
     """
@@ -281,7 +315,7 @@ def score_outputs(outputs: list[Row], name: str, judges: Any, servers: Any, thre
     bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
     tasks, keys = {}, {}
     for row in outputs:
-        task = {"id": row["id"], "instruction": row["instruction"], "output": row["output"]}
+        task = {key: row[key] for key in ("id", "instruction", "output")}
         task["other"] = bases[row["base"], row["instruction"]] if pairwise else None
         question = annotate.judge_messages(row["instruction"], row["output"], task["other"])
         keys[row["id"]] = answer_key(who, question)
@@ -324,17 +358,24 @@ def refuses(output: str) -> bool:
     return bool(REFUSAL.search(output[:300].replace("’", "'")))
 
 
-def curve(frame: Any) -> list[Row]:
-    """The points of one policy's `frame` (step, instruction, own, gold[, truth], output, …), one a step.
+SCORES = {"own": "its own judge", "gold": "gold judge"}
+SCORES |= {"truth": "truth: nobody trains on it", "content": "content, of 7: what was asked for"}
 
-    A lift is the mean change since step 0 of the same instructions; intervals are a bootstrap over them.
+
+def curve(frame: Any) -> list[Row]:
+    """The points of one policy, one for each step, from a frame (step, instruction, own, gold, output, …).
+
+    A point has {step, n, fluency, tokens, unfinished, refusal[, claims]}, means and shares over `n` outputs,
+    and for each score S: S, S_lift, their 95 % intervals S_interval and S_lift_interval by a bootstrap over
+    instructions, and S_unusable, the number of invalid scores. A lift compares the same instructions.
     """
     points, frame = [], frame.set_index("instruction")
+    start = frame[frame.step == 0]
     for step, rows in frame.groupby("step"):
         point: Row = {"step": int(step), "n": len(rows)}
         for key in [key for key in SCORES if key in rows]:
             point[f"{key}_unusable"] = int(rows[key].isna().sum())
-            lifts = rows[key] - frame[key][frame.step == 0].reindex(rows.index)
+            lifts = rows[key] - start[key].reindex(rows.index)
             for name, known in ((key, rows[key].dropna()), (f"{key}_lift", lifts.dropna())):
                 point[name] = float(known.mean()) if len(known) else None
                 point[f"{name}_interval"] = bootstrap(known)
@@ -346,43 +387,8 @@ def curve(frame: Any) -> list[Row]:
     return points
 
 
-def findings(run: Path) -> list[str]:
-    """Which of the paper's findings a run shows, a line each, by changes whose 95 % interval is clear of 0.
-
-    1: against a direct judge, own score rises and gold's falls. 2: against a reasoning judge, gold's score
-    rises, truth falls, and at least half of the last outputs speak of themselves. 3: GRPO raises a distilled
-    judge's agreement with gold. The first two are read from gold.json, the third from judges.json.
-    """
-    results = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "kinds"))
-    lines = []
-    for name, kind in sorted(results["kinds"].items(), key=lambda item: item[1]):
-        last = results["curves"][name][-1]
-        lift = {key: change(last, key) for key in SCORES}
-        if kind == "direct":
-            shown = lift["own"].sign > 0 > lift["gold"].sign
-            text = f"own {lift['own'].text}, gold {lift['gold'].text}"
-            lines.append(f"finding 1: {'shown' if shown else 'not shown'}, {text} (policy {name})")
-        elif "claims" in last:
-            shown = lift["gold"].sign > 0 > lift["truth"].sign and last["claims"] >= 0.5
-            text = ", ".join(f"{key} {lift[key].text}" for key in ("gold", "truth", "content"))
-            text += f", claims {last['claims']:.0%}"
-            lines.append(f"finding 2: {'shown' if shown else 'not shown'}, {text} (policy {name})")
-        else:  # without a truth nobody knows whether gold is fooled
-            says = "gold rises" if lift["gold"].sign > 0 else "gold does not rise"
-            lines.append(f"finding 2: {says}, gold {lift['gold'].text} (policy {name})")
-    path = run / "evaluation" / "judges.json"
-    for name, scores in annotate.read_json(path).items() if path.exists() else ():
-        if "alpha_lift" in scores:
-            lift = change(scores, "alpha", "{:+.0f}")
-            shown = "shown" if lift.sign > 0 else "not shown"
-            lines.append(
-                f"finding 3: {shown}, alpha {lift.text} by GRPO, to {scores['alpha']:.0f} (judge {name})"
-            )
-    return lines or ["no policy was trained against a direct or reasoning judge: no finding to show"]
-
-
 class Change(NamedTuple):
-    """A change with its interval as text, and its `sign`: 0 unless the interval is clear of 0."""
+    """A lift with its interval as text, and its sign: 1 or -1 where the interval is clear of 0, else 0."""
 
     text: str
     sign: int
@@ -394,26 +400,55 @@ def change(scores: Row, key: str, number: str = "{:+.1f}") -> Change:
     invalid, n = scores.get(f"{key}_unusable", 0), scores.get("n", 0)
     if lift is None:
         return Change("none", 0)
-    text, sign = number.format(lift), 0
+    invalid_text = f" ({invalid} of {n} invalid)" if invalid else ""
     if interval is None:
-        text += f" (too few: {n - invalid})"
-    else:
-        low, high = interval
-        text += f" [{number.format(low)}, {number.format(high)}]"
-        sign = 1 if low > 0 else -1 if high < 0 else 0
-    if invalid:
-        text += f" ({invalid} of {n} invalid)"
-    return Change(text, sign)
+        return Change(f"{number.format(lift)} (too few: {n - invalid}){invalid_text}", 0)
+    low, high = interval
+    text = f"{number.format(lift)} [{number.format(low)}, {number.format(high)}]{invalid_text}"
+    if low > 0:
+        return Change(text, 1)
+    return Change(text, -1 if high < 0 else 0)
 
 
-def show(frame: Any, **how: Any) -> None:
+def findings(run: Path) -> list[str]:
+    """Which of the paper's findings a run shows, a line each, by lifts whose 95 % interval is clear of 0.
+
+    1: against a direct judge, own score rises and gold's falls. 2: against a reasoning judge, gold's score
+    rises, truth falls, and at least half of the last outputs make a claim. 3: GRPO raises a distilled judge's
+    agreement with gold. The first two are read from gold.json, the third from judges.json.
+    """
+    results = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "kinds"))
+    lines = []
+    for name, kind in sorted(results["kinds"].items(), key=lambda item: item[1]):
+        last = results["curves"][name][-1]
+        own, gold, truth, content = (change(last, key) for key in SCORES)
+        if kind == "direct":
+            shown = "shown" if own.sign > 0 > gold.sign else "not shown"
+            lines.append(f"finding 1: {shown}, own {own.text}, gold {gold.text} (policy {name})")
+        elif "claims" in last:
+            fooled = gold.sign > 0 > truth.sign and last["claims"] >= 0.5
+            shown = "shown" if fooled else "not shown"
+            text = f"truth {truth.text}, content {content.text}, claims {last['claims']:.0%} (policy {name})"
+            lines.append(f"finding 2: {shown}, gold {gold.text}, {text}")
+        else:  # without a truth nobody knows whether gold is fooled
+            says = "gold rises" if gold.sign > 0 else "gold does not rise"
+            lines.append(f"finding 2: {says}, gold {gold.text} (policy {name})")
+    path = run / "evaluation" / "judges.json"
+    agreement = annotate.read_json(path) if path.exists() else {}
+    for name, scores in agreement.items():
+        if "alpha_lift" in scores:
+            alpha = change(scores, "alpha", "{:+.0f}")
+            text = f"{'shown' if alpha.sign > 0 else 'not shown'}, alpha {alpha.text} by GRPO"
+            lines.append(f"finding 3: {text}, to {scores['alpha']:.0f} (judge {name})")
+    return lines or ["no policy was trained against a direct or reasoning judge: no finding to show"]
+
+
+def show(frame: Any, index: bool = True) -> None:
     """Print a frame: numbers to two places, "none" where there is none."""
-    text = frame.to_string(float_format="{:.2f}".format, na_rep="none", **how)
+    text = frame.to_string(float_format="{:.2f}".format, na_rep="none", index=index)
     print("none" if frame.empty else text, end="\n\n")
 
 
-SCORES = {"own": "its own judge", "gold": "gold judge"}
-SCORES |= {"truth": "truth: nobody trains on it", "content": "content, of 7: what was asked for"}
 SHARES = {"refusal": "refuses", "claims": "speaks of itself"}
 # A picture's rows: axis name -> {measure: its text}.
 PANELS = {"mean score, 0-9": SCORES, "fluency": {"fluency": "log-probability a token"}}
@@ -422,7 +457,7 @@ COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "conte
 
 
 def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) -> None:
-    """Draw a column for each policy of the frame `points` (policy, step, measures; more rows of more runs).
+    """Draw a column for each policy of the frame `points` (policy, step, measures; a row for each run).
 
     Lines are means. Bands are intervals (MEASURE_interval) where a step has one row, else the range.
     """
@@ -455,10 +490,9 @@ def heatmap(frame: Any, path: Path, label: str) -> None:
     image = axis.imshow(values, cmap="RdBu", vmin=-9, vmax=9, aspect="auto")
     axis.set_xticks(range(width), frame.columns, rotation=30, ha="right")
     axis.set_yticks(range(height), frame.index)
-    for row, column in itertools.product(range(height), range(width)):
-        value = values[row, column]
-        style = {"ha": "center", "va": "center", "color": "white" if abs(value) > 5.4 else "black"}
-        axis.text(column, row, "none" if value != value else f"{value:+.1f}", **style)
+    for (row, column), value in np.ndenumerate(values):
+        text = "none" if np.isnan(value) else f"{value:+.1f}"
+        axis.text(column, row, text, ha="center", va="center", color="white" if abs(value) > 5.4 else "black")
     figure.colorbar(image, label=label)
     figure.savefig(path, dpi=150)
     print(f"picture: {path}")
@@ -471,37 +505,40 @@ def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus =
     if not policies:
         annotate.fail(f"{run} has no finished policy. Run this first: python 03_rl.py policy --run {run}")
     oracle = annotate.read_options(run / "annotations")["gold"] == "oracle"
-    unfooled = {name: name for name in UNFOOLED} if oracle else {}
-    own, readers, kinds = {name: policy["judge"] for name, policy in policies.items()}, {}, {}
+    own = {name: policy["judge"] for name, policy in policies.items()}
+    readers, kinds = {}, {}  # policy -> column of scores -> judge; policy -> kind of its own judge
     for name, judge in own.items():
         if judge not in (*judges, GOLD, TRUTH):
             annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
         pairwise = judges.get(judge, {}).get("pairwise")
-        gold = PAIRWISE_GOLD if pairwise else GOLD
-        readers[name] = {"own": judge, "gold": gold, **unfooled}  # column -> judge
+        readers[name] = {"own": judge, "gold": PAIRWISE_GOLD if pairwise else GOLD}
+        if oracle:
+            readers[name] |= {TRUTH: TRUTH, CONTENT: CONTENT}
         if judge in judges and not pairwise:
             kinds[name] = "reasoning" if judges[judge]["reasoning"] else "direct"
     annotate.record_config(folder, {})
     with ServerCache(run, [*judges.values(), *policies.values()], gpus) as servers:
-        rows, outputs, scores = write_outputs(run, policies, servers, threads), {}, {}
+        rows = pd.DataFrame(write_outputs(run, policies, servers, threads))
+        frames = {}
         for name, policy in policies.items():
-            own_base = [row for row in rows if row["base"] == policy["base"]]
-            outputs[name] = [row for row in own_base if row["policy"] in (name, BASE)]
-        now = max(policy["model"] for policy in policies.values())  # its judges are first, gold's server last
-        models = dict.fromkeys((GOLD, PAIRWISE_GOLD, *UNFOOLED), "") | {
-            n: judge["model"] for n, judge in judges.items()
-        }
-        for judge in sorted(models, key=lambda j: (not models[j], models[j] != now, models[j])):
-            asked = [row for name in policies if judge in readers[name].values() for row in outputs[name]]
-            scores[judge] = score_outputs(asked, judge, judges, servers, threads)
-    points, scored = {}, []
-    for name, keys in readers.items():
-        frame = pd.DataFrame(outputs[name])
-        for key, judge in keys.items():
-            frame[key] = frame.id.map(scores[judge]).astype(float)
-        points[name] = curve(frame.sort_values("id"))
-        scored.append(frame.assign(policy=name))
-    lines = pd.concat(scored).to_json(orient="records", lines=True, double_precision=15)
+            frames[name] = rows[(rows.base == policy["base"]) & rows.policy.isin([name, BASE])].copy()
+        # Each server starts once. That of the last outputs is still up, so judges on its base model come
+        # first, then those on each other base model; gold, which takes all GPUs for its own server, is last.
+        base_that_is_up = max(policy["model"] for policy in policies.values())
+        by_base = sorted(judges, key=lambda judge: judges[judge]["model"])
+        first = [judge for judge in by_base if judges[judge]["model"] == base_that_is_up]
+        later = [judge for judge in by_base if judge not in first]
+        for judge in [*first, *later, GOLD, PAIRWISE_GOLD, *UNFOOLED]:
+            asked_by = [name for name in policies if judge in readers[name].values()]
+            asked = [row for name in asked_by for row in frames[name].to_dict("records")]
+            scores = score_outputs(asked, judge, judges, servers, threads)
+            for name in asked_by:
+                for column, reader in readers[name].items():
+                    if reader == judge:
+                        frames[name][column] = frames[name].id.map(scores).astype(float)
+    points = {name: curve(frame.sort_values("id")) for name, frame in frames.items()}
+    scored = pd.concat([frame.assign(policy=name) for name, frame in frames.items()])
+    lines = scored.to_json(orient="records", lines=True, double_precision=15)
     annotate.write_text(folder / "scored.jsonl", lines)
     annotate.write_json(folder / "gold.json", {"curves": points, "judges": own, "kinds": kinds})
     table = pd.DataFrame([{"policy": name, **point} for name in points for point in points[name]])
@@ -519,17 +556,19 @@ def examples(run: Path, number: int = 3) -> Any:
     """
     path = annotate.require(run / "evaluation" / "scored.jsonl", f"04_evaluate.py gold --run {run}")
     frame, tables = pd.DataFrame(annotate.read_jsonl(path)), []
-    for key in [key for key in SCORES if key in frame]:
-        frame[key] = [f"{score:.1f}" if score == score else "invalid" for score in frame[key].astype(float)]
+    scores = [key for key in SCORES if key in frame]
+    for key in scores:
+        frame[key] = frame[key].astype(float).map("{:.1f}".format).replace("nan", "invalid")
     for key in ("instruction", "output"):
         frame[key] = [textwrap.shorten(text, 400, placeholder=" …") for text in frame[key]]
     for name, rows in frame.groupby("policy", sort=False):
         last = rows[rows.step == rows.step.max()]
         both = last.merge(rows[rows.step == 0], on="instruction", suffixes=("", "_before")).head(number)
-        table = {"policy": name, "instruction": both.instruction}
-        table |= {"before": both.output_before, "after": both.output}
-        table |= {key: both[f"{key}_before"] + " → " + both[key] for key in SCORES if key in both}
-        tables.append(pd.DataFrame(table))
+        table = both[["instruction"]].assign(before=both.output_before, after=both.output)
+        for key in scores:
+            table[key] = both[f"{key}_before"] + " → " + both[key]
+        table.insert(0, "policy", name)
+        tables.append(table)
     return pd.concat(tables)
 
 
@@ -559,22 +598,23 @@ def judges_command(
         annotate.fail(f"{run} has no finished judge. Run this first: python 02_train_judge.py --run {run}")
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
-        for name in sorted(judges, key=lambda name: judges[name]["model"]):
-            judge, who = judges[name], identity(judges[name], run)
-            rows = sft.labelled(run, "judge_test", pairwise=(pairwise := judge.get("pairwise", False)))
+        for name, judge in sorted(judges.items(), key=lambda item: item[1]["model"]):
+            pairwise, who = judge.get("pairwise", False), identity(judge, run)
+            rows = sft.labelled(run, "judge_test", pairwise=pairwise)
             keys = [answer_key(who, sft.row_messages(row, None)) for row in rows]
-            path, tasks = folder / "judges" / f"{name}.jsonl", dict(zip(keys, rows))
-            opening = open_judge(name, judges, servers)
-            verdicts = {v["id"]: v for v in kept(path, tasks, judge, opening, sft.judge_row, name, threads)}
-            said[name] = [{**verdicts[key], "gold": row["label"]} for key, row in zip(keys, rows)]
+            path, opening = folder / "judges" / f"{name}.jsonl", open_judge(name, judges, servers)
+            verdicts = kept(path, dict(zip(keys, rows)), judge, opening, sft.judge_row, name, threads)
+            by_id = {verdict["id"]: verdict for verdict in verdicts}
+            said[name] = [{**by_id[key], "gold": row["label"]} for key, row in zip(keys, rows)]
             scores[name] = sft.agreement(said[name], pairwise=pairwise)
     for name, judge in judges.items():
-        before = judge.get("before")  # what GRPO began with
+        before = judge.get("before")  # the judge that GRPO began with
         if before in said and not judge.get("pairwise"):
             scores[name] |= alpha_lift(said[before], said[name])
     annotate.write_json(folder / "judges.json", scores)
     for measure in ("alpha", "accuracy"):
-        if table := {name: score for name, score in scores.items() if measure in score}:
+        table = {name: score for name, score in scores.items() if measure in score}
+        if table:
             show(pd.DataFrame(table, dtype=float).T)
 
 
@@ -584,23 +624,25 @@ def alpha_lift(before: list[Row], after: list[Row], draws: int = 1000) -> Row:
     The interval is a paired bootstrap: each draw takes the same outputs for both.
     """
 
-    def alpha(judgements: list[Row], places: Iterable[int]) -> float:
-        some = [judgements[place] for place in places]
-        value = sft.krippendorff_alpha([(row["gold"], row["label"]) for row in some])
-        return 0.0 if value is None else 100 * value
+    def lift(places: Iterable[int]) -> float:
+        alphas = []
+        for judgements in (before, after):
+            units = [(judgements[place]["gold"], judgements[place]["label"]) for place in places]
+            alphas.append(100 * (sft.krippendorff_alpha(units) or 0.0))  # None, where nothing varies, is 0
+        return alphas[1] - alphas[0]
 
-    everything = range(len(before))
     drawn = np.random.default_rng(0).integers(len(before), size=(draws, len(before)))
-    lifts = [alpha(after, places) - alpha(before, places) for places in drawn]
-    interval = np.quantile(lifts, [0.025, 0.975]).tolist() if len(before) >= AT_LEAST else None
-    lift = alpha(after, everything) - alpha(before, everything)
-    return {"alpha_lift": lift, "alpha_lift_interval": interval}
+    ends = np.quantile([lift(places) for places in drawn], [0.025, 0.975]).tolist()
+    interval = ends if len(before) >= AT_LEAST else None
+    return {"alpha_lift": lift(range(len(before))), "alpha_lift_interval": interval}
 
 
 def mean_and_range(values: Any) -> str:
     """The mean of a few runs, and the least and the greatest: three runs are too few for an interval."""
     mean, low, high = values.mean(), values.min(), values.max()
-    return "none" if mean != mean else f"{mean:.2f}" + f" ({low:.2f} to {high:.2f})" * bool(low < high)
+    if np.isnan(mean):
+        return "none"
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})" if low < high else f"{mean:.2f}"
 
 
 @app.command("study")
@@ -638,7 +680,7 @@ def study_command(
 
 HUB, HOSTED = "lmarena-ai/arena-hard-auto", "https://api.openai.com/v1"
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
-Category = StrEnum("Category", [*BASELINES])
+Category = StrEnum("Category", " ".join(BASELINES))
 STYLE = ["token_len", "header_count", "list_count", "bold_count"]
 DRAWS, TAIL = 500, 0.05  # bootstrap draws (the authors: 100), and what an interval leaves out on each side
 LONGEST, ANSWER, JUDGMENT = 32_768, 2048, 16_000  # tokens: of a prompt; as in the paper; as in the benchmark
@@ -650,8 +692,8 @@ VERDICTS |= {label[::-1].replace(">", "<"): worth for label, worth in VERDICTS.i
 
 def battles(row: Row) -> list[float]:
     """What the candidate won of each battle: 0, 0.5 or 1. None at all unless both games have a verdict."""
-    labels = [(game or {}).get("score") for game in [*(row["games"] or []), None, None][:2]]
-    if not VERDICTS.keys() >= set(labels):
+    labels = [game.get("score") for game in (row["games"] or [])[:2] if game]
+    if len(labels) < 2 or not VERDICTS.keys() >= set(labels):
         return []
     (lost, n_first), (won, n_second) = (VERDICTS[label] for label in labels)  # the baseline is A, then B
     return [1 - lost] * n_first + [won] * n_second
@@ -661,23 +703,25 @@ def style_metadata(text: str) -> dict[str, dict[str, int]]:
     """Headers, list items and bold spans of an answer outside code blocks, counted as the benchmark does."""
     for block in re.findall("```([^`]*)```", text):
         text = text.replace(block, "")
-
-    def count(**patterns: str) -> dict[str, int]:
-        return {key: len(re.findall(pattern, text, re.MULTILINE)) for key, pattern in patterns.items()}
-
+    patterns = {
+        "header_count": {f"h{level}": rf"^#{{{level}}}\s" for level in range(1, 7)},
+        "list_count": {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"},
+        "bold_count": {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"},
+    }
     return {
-        "header_count": count(**{f"h{level}": rf"^#{{{level}}}\s" for level in range(1, 7)}),
-        "list_count": count(ordered=r"^\s*\d+\.\s", unordered=r"^\s*[-*+]\s"),
-        "bold_count": count(**{"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}),
+        name: {key: len(re.findall(pattern, text, re.MULTILINE)) for key, pattern in kinds.items()}
+        for name, kinds in patterns.items()
     }
 
 
 def style_difference(candidate: Row, baseline: Row) -> list[float]:
     """(a - b) / (a + b) tokens of both answers; then of headers, lists, bold a token, with 1 added below."""
-    sides = [[candidate[key], baseline[key]] for key in STYLE]
-    (a, b), *marks = [[sum(x.values()) if isinstance(x, dict) else x for x in side] for side in sides]
-    densities = [(x / (a + 1), y / (b + 1)) for x, y in marks]
-    return [(a - b) / max(a + b, 1), *((x - y) / (x + y + 1) for x, y in densities)]
+    a, b = candidate["token_len"], baseline["token_len"]
+    differences = [(a - b) / max(a + b, 1)]
+    for mark in STYLE[1:]:
+        x, y = sum(candidate[mark].values()) / (a + 1), sum(baseline[mark].values()) / (b + 1)
+        differences.append((x - y) / (x + y + 1))
+    return differences
 
 
 def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any, beta_K: Any) -> Any:
@@ -694,6 +738,13 @@ def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any, beta_K: Any)
         if longest < 1e-6:
             return beta_K
     return np.full(len(beta_K), np.nan)
+
+
+def interval(values: Any) -> list[float] | None:
+    """The 5 to 95 % interval of a bootstrap's rates in per cent; None if too many draws had no maximum."""
+    if np.isnan(values).mean() > TAIL:
+        return None
+    return (100 * np.nanquantile(values, (TAIL, 1 - TAIL))).tolist()
 
 
 def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 0) -> dict[str, Row]:
@@ -726,24 +777,20 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
         weights_B = np.bincount(rng.integers(B, size=B), minlength=B)
         draws.append(fit_bradley_terry(features_BK, won_B, weights_B, start_K))
     rates_K, rates_DK = (1 / (1 + np.exp(-np.array(betas))) for betas in (beta_K, draws))
-
-    def interval(values: Any) -> list[float] | None:
-        few = np.isnan(values).mean() > TAIL  # so many draws without a maximum
-        return None if few else (100 * np.nanquantile(values, (TAIL, 1 - TAIL))).tolist()
-
     even = {"score": 50.0, "score_style": 50.0, "ci": [50.0, 50.0], "ci_style": [50.0, 50.0], "battles": 0}
     scores = {baseline: even}
     for name, won in frame.groupby("model").won:
-        score: Row = {"score": 100 * float(won.mean()), "score_style": None, "ci": None, "ci_style": None}
-        score |= {"ci": interval(rng.choice(won, (DRAWS, len(won))).mean(1)), "battles": len(won)}
-        k = list(models).index(name) if name in models else None
-        if k is not None and known_K[k] and np.isfinite(rates_K[k]):
-            score |= {"score_style": 100 * float(rates_K[k]), "ci_style": interval(rates_DK[:, k])}
+        score: Row = {"score": 100 * float(won.mean()), "score_style": None}
+        score |= {"ci": interval(rng.choice(won, (DRAWS, len(won))).mean(1)), "ci_style": None}
         if name == baseline:  # judged against itself
             score |= {"score_style": 50.0, "ci_style": [50.0, 50.0]}
+        elif name in models:
+            k = models.columns.get_loc(name)
+            if known_K[k] and np.isfinite(rates_K[k]):
+                score |= {"score_style": 100 * float(rates_K[k]), "ci_style": interval(rates_DK[:, k])}
         if score["ci_style"] is None:
             print(f"{name}: no ci_style: all won, all lost, or style decides (perhaps in resamples only)")
-        scores[name] = score
+        scores[name] = {**score, "battles": len(won)}
     return scores
 
 
@@ -756,12 +803,13 @@ def arena_score_command(
     seed: annotate.Seed = 0,
 ) -> None:
     """Scores of an Arena-Hard-V2 folder, with and without style control, as its authors compute them."""
-    folders = {path.parent.name: path.parent for path in sorted((data / "model_judgment").glob("*/*.jsonl"))}
-    judge = judge or (min(folders) if len(folders) == 1 else "gpt-4.1")
-    if judge not in folders:
-        annotate.fail(f"{data}/model_judgment has no judge {judge}; it has: {', '.join(folders) or 'none'}.")
+    paths = sorted((data / "model_judgment").glob("*/*.jsonl"))
+    judges = sorted({path.parent.name for path in paths})
+    judge = judge or (judges[0] if len(judges) == 1 else "gpt-4.1")
+    if judge not in judges:
+        annotate.fail(f"{data}/model_judgment has no judge {judge}; it has: {', '.join(judges) or 'none'}.")
     needs, metadata = ("uid", "category", "model", "games"), {}
-    judged = (annotate.read_jsonl(path, needs) for path in sorted(folders[judge].glob("*.jsonl")))
+    judged = [annotate.read_jsonl(path, needs) for path in paths if path.parent.name == judge]
     rows = [row for row in itertools.chain(*judged) if row["category"] == category]
     for path in sorted((data / "model_answer").glob("*.jsonl")):
         for row in annotate.read_jsonl(path, ("uid", "model", "metadata")):
@@ -813,26 +861,37 @@ def arena_messages(rules: str, question: str, a: str, b: str) -> list[dict[str, 
     return [{"role": "system", "content": rules}, {"role": "user", "content": case}]
 
 
-def load_benchmark(data: str, category: str, limit: int) -> tuple[dict[str, Row], dict[str, str]]:
-    """(uid -> question, the first `limit`; uid -> the baseline's answer) of a folder or hub id."""
+def load_benchmark(data: str, category: str, limit: int) -> tuple[list[Row], dict[str, str]]:
+    """(the first `limit` questions of a category, uid -> the baseline's answer), of a folder or hub id."""
     folder, root = Path(data), "data/arena-hard-v2.0"
+    answers_file = f"model_answer/{BASELINES[category]}.jsonl"
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        wanted = [f"{root}/question.jsonl", f"{root}/model_answer/{BASELINES[category]}.jsonl"]
+        wanted = [f"{root}/question.jsonl", f"{root}/{answers_file}"]
         try:
             folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted)) / root
         except (OSError, ValueError) as error:  # the hub's errors are kinds of these
             annotate.fail(f"--data {data}: neither a folder nor on the hub ({str(error).splitlines()[0]})")
     rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category"), texts=["prompt"])
-    questions = {row["uid"]: row for row in rows if row["category"] == category}
-    path, answers = folder / "model_answer" / f"{BASELINES[category]}.jsonl", {}
-    for row in annotate.read_jsonl(path, ("uid", "messages")):
-        content = row["messages"][-1]["content"]
-        answers[row["uid"]] = content["answer"] if isinstance(content, dict) else content
-    if not questions or questions.keys() - answers.keys():
-        annotate.fail(f"{folder} lacks questions of {category}, or {path.name} an answer to one of them.")
-    return dict(itertools.islice(questions.items(), limit or None)), answers
+    questions = [row for row in rows if row["category"] == category]
+    answers = {}
+    for row in annotate.read_jsonl(folder / answers_file, ("uid", "messages")):
+        said = row["messages"][-1]["content"]
+        answers[row["uid"]] = said["answer"] if isinstance(said, dict) else said
+    if not questions or {row["uid"] for row in questions} - answers.keys():
+        annotate.fail(f"{folder} lacks questions of {category}, or {answers_file} an answer to one of them.")
+    return questions[:limit] if limit else questions, answers
+
+
+def publish(folder: Path, model: str, tokenizer: Any, answers: dict[str, str]) -> None:
+    """Write the `answers` (uid -> text) of `model` with their style, as the benchmark lays them out."""
+    rows = []
+    for uid, text in answers.items():
+        style = {"token_len": len(annotate.encode(tokenizer, text)), **style_metadata(text)}
+        messages = [{"role": "assistant", "content": {"answer": text}}]
+        rows.append({"uid": uid, "model": model, "messages": messages, "metadata": style})
+    annotate.write_jsonl(folder / "model_answer" / f"{model}.jsonl", rows)
 
 
 def play(endpoint: Any, task: Row) -> Row:
@@ -846,6 +905,34 @@ def play(endpoint: Any, task: Row) -> Row:
     about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline", "who")}
     causes = [game["cause"] for game in games if annotate.request_failed(game["cause"])]
     return {**about, "games": games, "cause": causes[0] if causes else None}
+
+
+def play_games(path: Path, tasks: list[Row], who: str, arena_judge: str, opening: Any, threads: int) -> None:
+    """Judge `tasks`, the answers of the policy `who`, where `path` lacks them; print first what that costs.
+
+    Judgments of other weights or texts and calls that failed leave `path`; those of questions that are not
+    among the `tasks` stay. For the cost, a token has four characters, and a judge's answer 800 tokens.
+    """
+    games, judge_who = {}, identity({"model": arena_judge})
+    for task in tasks:
+        rules, texts = ARENA_RULES[task["category"]], (task["prompt"], task["theirs"], task["ours"])
+        games[answer_key(judge_who, arena_messages(rules, *texts))] = task
+    asked = {task["uid"] for task in tasks}
+    done = [row for row in annotate.read_jsonl(path) if not row["cause"] and row.get("who") == who]
+    done = [row for row in done if row["uid"] not in asked or row["id"] in games]
+    annotate.write_jsonl(path, done)
+    todo = [games[key] for key in games.keys() - {row["id"] for row in done}]
+    if not todo:
+        return
+    characters = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo)
+    tokens = f"{2 * characters // 4:,} tokens in, {2 * 800 * len(todo):,} out"
+    print(f"{2 * len(todo)} calls of {arena_judge}: about {tokens}")
+    label = f"games of {path.parent.name}"
+    with opening as endpoint:
+        rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), label, threads)
+    failed = [row["cause"] for row in rows if row["cause"]]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
 
 
 @app.command("arena")
@@ -862,62 +949,39 @@ def arena_command(
 ) -> None:
     """Arena-Hard-V2: answers of a policy, judged against the baseline's in both positions, and its score."""
     name, record, step, adapter = find_policy(run, policy)
-    label, model = f"{name}-{step}", record["model"]
-    user = {**record, "adapter": adapter, "max_tokens": ANSWER, "temperature": 0}
-    who, judge_who = identity(user), identity({"model": arena_judge})
-    folder, judge = run / "evaluation" / "arena", Path(arena_judge).name
-    tokenizer = annotate.load_tokenizer(model)
+    model, label, judge = record["model"], f"{name}-{step}", Path(arena_judge).name
+    folder, tokenizer = run / "evaluation" / "arena", annotate.load_tokenizer(model)
     annotate.record_config(run / "evaluation", {})
     annotate.record_config(folder, {"tokenizer": model})
-
-    def publish(name: str, texts: dict[str, str]) -> None:
-        rows = []
-        for uid, text in texts.items():
-            style = {"token_len": len(annotate.encode(tokenizer, text)), **style_metadata(text)}
-            messages = [{"role": "assistant", "content": {"answer": text}}]
-            rows.append({"uid": uid, "model": name, "messages": messages, "metadata": style})
-        annotate.write_jsonl(folder / "model_answer" / f"{name}.jsonl", rows)
-
-    tasks: dict[str, Row] = {}
-    kinds = [category] if category else [*BASELINES]
+    room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
+    user: Any = {**record, "adapter": adapter, "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+    who, tasks, asked, n = identity(user), [], {}, 0
+    kinds = [category] if category else list(Category)
     for kind in kinds:
         questions, theirs = load_benchmark(data, kind, limit)
-        publish(BASELINES[kind], theirs)
+        publish(folder, BASELINES[kind], tokenizer, theirs)
         about = {"model": label, "who": who, "judge": judge, "baseline": BASELINES[kind]}
-        tasks |= {uid: {**row, **about, "theirs": theirs[uid]} for uid, row in questions.items()}
-    room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
-    short = {u: t for u, t in tasks.items() if len(annotate.policy_prompt(tokenizer, t["prompt"])) <= room}
-    print(f"{label}: {len(short)} of {len(tasks)} questions; the others are over {room} tokens, left out")
-    about = {uid: {"uid": uid, "who": who, "instruction": task["prompt"]} for uid, task in short.items()}
-    asked = {answer_key(who, row["instruction"]): row for row in about.values()}
-    path, user["max_prompt"] = folder / "answers" / f"{label}.jsonl", room
+        n += len(questions)
+        for row in questions:
+            uid, prompt = row["uid"], row["prompt"]
+            if len(annotate.policy_prompt(tokenizer, prompt)) <= room:
+                tasks.append({**row, **about, "theirs": theirs[uid]})
+                asked[answer_key(who, prompt)] = {"uid": uid, "who": who, "instruction": prompt}
+    print(f"{label}: {len(tasks)} of {n} questions; the others are over {room} tokens, left out")
+    path = folder / "answers" / f"{label}.jsonl"
     with ServerCache(run, [user], gpus) as servers:
         served, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
         made = kept(path, asked, user, served, work, f"answers of {label}", threads)
     # Of the other category, or beyond --limit, what these weights said in an earlier call is published too.
-    said = [row for row in annotate.read_jsonl(path) if row.get("who") == who] + made
-    ours = {row["uid"]: row["output"] for row in said}
-    publish(label, ours)
-    games = {}
-    for uid, task in short.items():
-        messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task["theirs"], ours[uid])
-        games[answer_key(judge_who, messages)] = {**task, "ours": ours[uid]}
+    earlier = [row for row in annotate.read_jsonl(path) if row.get("who") == who]
+    ours = {row["uid"]: row["output"] for row in [*earlier, *made]}
+    publish(folder, label, tokenizer, ours)
+    tasks = [{**task, "ours": ours[task["uid"]]} for task in tasks]
+    url = arena_url if arena_url or "/" in arena_judge else HOSTED
+    longest = LONGEST + 2 * JUDGMENT  # tokens: a game that is cut off is played again with twice as many
+    opening = annotate.chat_endpoint(arena_judge, url, "ARENA_API_KEY", longest, gpus, run / "logs")
     path = folder / "model_judgment" / judge / f"{label}.jsonl"
-    # Without calls that failed, which are made again, and without games of other weights or texts.
-    done = [row for row in annotate.read_jsonl(path) if not row["cause"] and row.get("who") == who]
-    done = [row for row in done if row["uid"] not in short or row["id"] in games]
-    annotate.write_jsonl(path, done)
-    if todo := [games[key] for key in games.keys() - {row["id"] for row in done}]:
-        # Four characters a token, two games; 800 tokens for an answer is a guess.
-        read = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo) // 2
-        write = 1600 * len(todo)
-        print(f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {write:,} out")
-        url, room = arena_url or ("" if "/" in arena_judge else HOSTED), 2 * JUDGMENT + LONGEST
-        served = annotate.chat_endpoint(arena_judge, url, "ARENA_API_KEY", room, gpus, run / "logs")
-        with served as endpoint:
-            rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), f"games of {judge}", threads)
-        if failed := [row["cause"] for row in rows if row["cause"]]:
-            print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
+    play_games(path, tasks, who, arena_judge, opening, threads)
     for kind in kinds:
         arena_score_command(folder, kind, folder / f"scores-{judge}-{kind}.json", judge)
 
