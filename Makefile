@@ -101,7 +101,7 @@ study-more:
 	for judge in gold truth; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge || exit 1; done
 	$(STAGE) 04_evaluate.py judges --run $(RUN)
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
-	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 256
+	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 320
 	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning --name direct-large
 	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge direct-large
 	$(STAGE) 04_evaluate.py judges --run $(RUN)-large
@@ -115,7 +115,7 @@ study-variants:
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name format --examples 48
 	$(STAGE) 03_rl.py judge    $(ONE) --judge format --steps 24 --lr 3e-5
 	$(STAGE) 03_rl.py policy   $(ONE) --judge format
-	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name half --examples 192
+	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name half --examples 240
 	$(STAGE) 03_rl.py judge    $(ONE) --judge half --steps 30 --minibatches 1 --lr 2e-4
 	$(STAGE) 03_rl.py policy   $(ONE) --judge half
 	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-pairwise --opponents 2
