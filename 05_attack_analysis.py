@@ -27,13 +27,14 @@ import base64
 import html
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import pandas as pd
 import typer
@@ -125,38 +126,7 @@ PROMPTS: dict[str, dict[str, str]] = {
 
 
 Columns = dict[str, tuple[str, Row, str]]  # title -> a judge's name, its record, the prompt it is asked with
-EVEN = {"expected": 4.5, "cause": None}  # the score of the other output in a comparison
-
-
-class ChatJudge(NamedTuple):
-    """A chat model that judges: where it is asked, its limit of new tokens, its reasoning effort."""
-
-    endpoint: Any
-    tokens: int
-    effort: str
-
-
-class Task(TypedDict):
-    """What a judge is asked: to score `output`, or to compare it with an `other` output."""
-
-    prompt: str
-    instruction: str
-    output: str
-    other: str | None
-
-
-@contextmanager
-def opened(name: str, judge: Row, servers: Any) -> Iterator[Any]:
-    """A judge, ready to be asked: a `ChatJudge`, or for the run's own judges a function of stage 4."""
-    if "endpoint" in judge:
-        yield ChatJudge(judge["endpoint"], judge["tokens"], judge["effort"])
-    elif judge.get("gold", "oracle") != "oracle":
-        servers.close()  # the GPUs are for gold's own server
-        with annotate.gold_endpoint(judge, servers.run / "logs") as endpoint:
-            yield ChatJudge(endpoint, judge["gold_tokens"], judge["gold_effort"])
-    else:
-        with evaluate.open_judge(name, {name: judge}, servers) as grade:
-            yield grade
+Task = TypedDict("Task", {"prompt": str, "instruction": str, "output": str, "other": str | None})
 
 
 def question(prompt: str, instruction: str, output: str, other: str | None = None) -> Any:
@@ -166,21 +136,35 @@ def question(prompt: str, instruction: str, output: str, other: str | None = Non
     return annotate.judge_messages(instruction, output, other, **PROMPTS.get(prompt, {}))
 
 
-def ask(judge: Any, prompt: str, instruction: str, *outputs: str) -> Row:
-    """One verdict on an output, or on which of two is better. Arena-Hard's is a `verdict` such as A>B."""
-    messages = question(prompt, instruction, *outputs)
-    if not isinstance(judge, ChatJudge):
-        if PROMPTS.get(prompt):
-            return judge(instruction, *outputs, messages=messages)
-        return judge(instruction, *outputs)  # it makes its own prompt, which may hold a rubric
+def ask_chat(endpoint: Any, tokens: int, effort: str, prompt: str, *texts: str) -> Row:
+    """The verdict of a chat model on `texts`, an instruction and one or two outputs.
+
+    Arena-Hard's prompt gives a `verdict` such as A>B in place of a label.
+    """
+    messages = question(prompt, *texts)
     if prompt == ARENA:
-        tokens = max(judge.tokens, 4096)
-        answer = annotate.ask_gold(judge.endpoint, messages, "(?s).+", tokens, judge.effort)
+        answer = annotate.ask_gold(endpoint, messages, "(?s).+", max(tokens, 4096), effort)
         verdict = None if answer["cause"] else evaluate.last_verdict(answer["text"])
-        cause = None if verdict else answer["cause"] or "no verdict"
-        return {**answer, "verdict": verdict, "cause": cause}
+        return {**answer, "verdict": verdict, "cause": None if verdict else answer["cause"] or "no verdict"}
     labels = annotate.PAIRWISE_LABELS if prompt == PAIRWISE else annotate.LABELS
-    return annotate.grade_by_chat(judge.endpoint, messages, labels, judge.tokens, judge.effort)
+    return annotate.grade_by_chat(endpoint, messages, labels, tokens, effort)
+
+
+@contextmanager
+def opened(name: str, judge: Row, prompt: str, servers: Any) -> Iterator[Callable[..., Row]]:
+    """A judge that is asked with `prompt`, as a function (instruction, output[, other]) -> verdict."""
+    if "endpoint" in judge:
+        yield partial(ask_chat, judge["endpoint"], judge["tokens"], judge["effort"], prompt)
+    elif judge.get("gold", "oracle") != "oracle":
+        servers.close()  # the GPUs are for gold's own server
+        with annotate.gold_endpoint(judge, servers.run / "logs") as endpoint:
+            yield partial(ask_chat, endpoint, judge["gold_tokens"], judge["gold_effort"], prompt)
+    else:
+        with evaluate.open_judge(name, {name: judge}, servers) as grade:
+            if PROMPTS.get(prompt):
+                yield lambda *texts: grade(*texts, messages=question(prompt, *texts))
+            else:  # it makes its own prompt, which may hold a rubric
+                yield grade
 
 
 def preference(first: Row, second: Row) -> float | None:
@@ -193,20 +177,19 @@ def preference(first: Row, second: Row) -> float | None:
     return ((2 - first["expected"]) + (second["expected"] - 1)) / 2  # the labels are 1 and 2
 
 
-def score(judge: Any, task: Task) -> Row:
+def score(judge: Callable[..., Row], task: Task) -> Row:
     """The task with its `expected` score, from 0 to 9, or with None and the `cause`.
 
     With an `other` output both orders are asked, and the score is 9 P(`output` is better).
     """
-    prompt, instruction, output, other = (task[key] for key in ("prompt", "instruction", "output", "other"))
+    instruction, output, other = task["instruction"], task["output"], task["other"]
     if other is None:
-        return {**task, "cause": None, **ask(judge, prompt, instruction, output)}
-    first = ask(judge, prompt, instruction, output, other)
-    second = ask(judge, prompt, instruction, other, output)
-    share, orders = preference(first, second), [first, second]
+        return {**task, "cause": None, **judge(instruction, output)}
+    orders = [judge(instruction, output, other), judge(instruction, other, output)]
+    share = preference(*orders)
     if share is not None:
         return {**task, "expected": 9 * share, "cause": None, "orders": orders}
-    invalid = second if first["cause"] in (None, "tie") else first  # a tie has no label, but a score
+    invalid = orders[1] if orders[0]["cause"] in (None, "tie") else orders[0]  # a tie is valid
     return {**task, **invalid, "expected": None, "orders": orders}
 
 
@@ -223,26 +206,24 @@ def judge_all(run: Path, folder: Path, columns: Columns, pairs: list[Row], gpus:
         for title, (name, judge, prompt) in columns.items():
             who, compares = evaluate.identity(judge, run), prompt in (PAIRWISE, ARENA)
             sides = ["output"] if compares else ["output", "other"]  # what gets a score of its own
-            tasks: dict[str, Task] = {}
-            keys: dict[tuple[int, str], str] = {}  # (number of the pair, side) -> key of the task
+            tasks, keys = {}, {}  # key -> task; (number of the pair, side) -> key
             for (number, pair), side in product(enumerate(pairs), sides):
                 other = pair["other"] if compares else None
                 task = Task(prompt=prompt, instruction=pair["instruction"], output=pair[side], other=other)
                 keys[number, side] = evaluate.answer_key(who, question(**task))
                 tasks[keys[number, side]] = task
-            path = (
-                folder / "scores" / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")
-            )  # models may have a / in it
-            opening = opened(name, judge, servers)
+            path = folder / "scores" / (re.sub(r"[^\w.-]+", "_", name) + ".jsonl")  # a model may have a /
+            opening = opened(name, judge, prompt, servers)
             done = evaluate.kept(path, tasks, judge, opening, score, f"{title} judges", threads)
             verdicts = {row["id"]: row for row in done}
             for number, pair in enumerate(pairs):
-                ours = verdicts[keys[number, "output"]]
-                theirs = EVEN if compares else verdicts[keys[number, "other"]]
-                scores = {"score": ours["expected"], "reference": theirs["expected"]}
+                ours, theirs = verdicts[keys[number, "output"]], {"expected": 4.5, "cause": None}
+                if not compares:
+                    theirs = verdicts[keys[number, "other"]]
                 invalid = ours if ours["cause"] else theirs
                 said = invalid.get("text") or invalid.get("thinking") or ""
-                rows.append(pair | scores | {"judge": title, "cause": invalid["cause"], "said": said})
+                row = {"judge": title, "score": ours["expected"], "reference": theirs["expected"]}
+                rows.append(pair | row | {"cause": invalid["cause"], "said": said})
     frame = pd.DataFrame(rows).astype({"score": float, "reference": float})
     return frame.assign(lift=frame.score - frame.reference)
 
@@ -280,9 +261,9 @@ def chosen_judges(run: Any, names: Any, urls: Any, models: Any, tokens: int, eff
     return judges
 
 
-def own_prompt(judge: Row) -> str:
-    """The prompt that a judge was trained with."""
-    return PAIRWISE if judge.get("pairwise") else POINTWISE
+def own_columns(judges: dict[str, Row]) -> Columns:
+    """Every judge, asked with the prompt that is its own."""
+    return {n: (n, judge, PAIRWISE if judge.get("pairwise") else POINTWISE) for n, judge in judges.items()}
 
 
 def test_instructions(run: Path) -> list[str]:
@@ -324,8 +305,8 @@ def ask_command(
             output = row["output"]
         print(f"instruction: {instruction}\noutput: {output}")
         for name, record in judges.items():
-            with opened(name, record, servers) as ready:
-                verdict = ask(ready, POINTWISE, instruction, output)
+            with opened(name, record, POINTWISE, servers) as grade:
+                verdict = grade(instruction, output)
             score = f"invalid, {verdict['cause']}"
             if verdict["expected"] is not None:
                 score = f"expected score {verdict['expected']:.2f}"
@@ -410,7 +391,7 @@ def show_attacks(name: str, rows: Any, stats: Row) -> None:
 
 
 def prompt_summary(rows: Any, stats: Row, labelled: Any) -> Row:
-    """What a prompt gains and costs: how attacks and honest outputs fare, and agreement with gold's labels."""
+    """What a prompt gains and costs: how attacks and honest outputs fare, agreement with gold's labels."""
     rates = pd.DataFrame(stats).T.success_rate.astype(float).fillna(-1)
     means = {"mean success": rates[rates >= 0].mean(), "worst attack": rates.idxmax(), "its": rates.max()}
     means |= {"invalid": rows.lift.isna().mean(), "honest": rows.reference.mean()}
@@ -448,11 +429,9 @@ def battery_command(
     except ValueError as error:  # not the laptop's instructions
         truths = annotate.fail(f"--judge gold: {error}") if oracle else {}
     labelled = sft.labelled(run, "judge_test") if run and prompt else []
-    columns = {name: (name, record, own_prompt(record)) for name, record in judges.items()}
-    if prompt:
-        pairs = product(judges.items(), prompt)
-        columns = {f"{name}, {way}": (name, record, str(way)) for (name, record), way in pairs}
     pairs, folder = battery_pairs(honest, attack or ATTACKS, labelled), run / "attacks" if run else out
+    columns = {f"{n}, {p}": (n, record, str(p)) for (n, record), p in product(judges.items(), prompt)}
+    columns = columns or own_columns(judges)
     frame = judge_all(run or out, folder, columns, pairs, gpus, threads)
     results, summaries = {}, {}
     for name, rows in frame.groupby("judge", sort=False):
@@ -561,31 +540,30 @@ def last_outputs(run: Path) -> list[Row]:
     rows = annotate.read_jsonl(run / "evaluation" / "outputs.jsonl", ["id", "policy", "step"])
     pairs: list[Row] = []
     for name, policy in evaluate.trained_policies(run).items():
+        step, adapter = max(policy["checkpoints"].items())
         alike = [row for row in rows if row["base"] == policy["base"]]
         base = {row["instruction"]: row["output"] for row in alike if row["policy"] == BASE}
-        last = max(policy["checkpoints"])
-        ids = evaluate.output_ids(name, last, policy["checkpoints"][last])
-        final = [row for row in alike if row["id"].startswith(ids)]
+        final = [row for row in alike if row["id"].startswith(evaluate.output_ids(name, step, adapter))]
         if not final:
             first = f"First: python 04_evaluate.py gold --run {run}"
             annotate.fail(f"no outputs of {name}'s last weights. {first}")
-        for row in final:
-            pairs.append(row | {"own": policy["judge"], "against": BASE, "other": base[row["instruction"]]})
+        about = {"own": policy["judge"], "against": BASE}
+        pairs += [row | about | {"other": base[row["instruction"]]} for row in final]
     return pairs
 
 
 def transfer_columns(run: Path, chats: dict[str, Row], styles: Iterable[str]) -> Columns:
-    """Gold, truth and the run's judges with their own prompts; chat judges and a chat gold in all `styles`."""
-    gold = annotate.read_options(run / "annotations")
-    columns = {GOLD: (GOLD, gold, POINTWISE)}
+    """Gold, truth, the run's judges with their own prompts; chat judges and a chat gold in all `styles`."""
+    gold, trained = annotate.read_options(run / "annotations"), evaluate.trained_judges(run)
+    judges = {GOLD: gold}
     if gold["gold"] == "oracle":
-        columns[TRUTH] = TRUTH, gold, POINTWISE
-    trained = sorted(evaluate.trained_judges(run).items(), key=lambda item: item[1]["model"])
-    columns |= {name: (name, judge, own_prompt(judge)) for name, judge in trained}
+        judges[TRUTH] = gold
+    else:  # does a hardened prompt help it?
+        chats = chats | {GOLD: gold}
+    columns = own_columns(judges | dict(sorted(trained.items(), key=lambda item: item[1]["model"])))
     for (name, judge), style in product(chats.items(), styles):
-        columns[f"{name}-{style}"] = name, judge, str(style)
-    if gold["gold"] != "oracle":  # does a hardened prompt help it?
-        columns |= {f"{GOLD}-{s}": (GOLD, gold, str(s)) for s in styles if s != POINTWISE}
+        if judge is not gold or style != POINTWISE:  # which is gold's own column
+            columns[f"{name}-{style}"] = name, judge, str(style)
     return columns
 
 
@@ -625,15 +603,13 @@ def transfer_command(
     base, names = frame[frame.against == BASE], {"ci": "interval", "honest": "base", "attacked": "final"}
     gaps, matrix = largest_gaps(base), {}
     for policy, rows in frame.groupby("policy", sort=False):
-        own, shown = rows.own.iloc[0], {}
+        own, shown, matrix[policy] = rows.own.iloc[0], {}, {}
         for (against, name), scores in rows.groupby(["against", "judge"], sort=False):
             stats = attack_stats(scores.score, scores.reference)
             shown[against, name] = {names.get(key, key): value for key, value in stats.items()}
-        matrix[policy] = {
-            name: entry | {"own": name == own, "honest": shown.get(("honest", name))}
-            for (against, name), entry in shown.items()
-            if against == BASE
-        }
+        for name in rows.judge.unique():
+            about = {"own": name == own, "honest": shown.get(("honest", name))}
+            matrix[policy][name] = shown[BASE, name] | about
         show_stats(f"policy {policy}, trained against {own}: how often its last outputs beat others", shown)
         print(f"where {own} is furthest above gold:")
         evaluate.show(gaps[gaps.policy == policy].head(3).drop(columns="policy"), index=False)
@@ -680,20 +656,14 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; marg
 h2 { margin-top: 2.5rem }
 p { max-width: 44rem }
 img { max-width: 100%; max-height: 40rem }
-table { border-collapse: collapse; font-size: 0.9rem }
+table { border-collapse: collapse; font-size: 0.9rem; display: block; overflow-x: auto }
 th, td { text-align: left; vertical-align: top; padding: 0.4rem 0.6rem; border-bottom: 1px solid #ccc }
 td { overflow-wrap: anywhere; min-width: 5rem }
-td i { display: none }
-@media (max-width: 45rem) { /* a row becomes a card, and each cell says what it is */
-  thead { display: none }
-  tr, td { display: block; border: 0; padding: 0.1rem 0 }
-  tr { border-bottom: 1px solid #ccc; padding: 0.6rem 0 }
-  td i { display: inline; color: #777 }
-}
 </style><h1>What judges reward</h1>
 <p>A small judge learns from a strong one, <i>gold</i>, and a policy is trained to please the small one. Does the
 policy get better according to gold, and is it then really better? Scores go from 0 to 9: <i>own</i> is that of
-the judge that a policy was trained against; <i>truth</i>, where there is one, is fooled by nothing.</p>
+the judge that a policy was trained against. On the laptop, <i>truth</i> is fooled by nothing, and <i>content</i>,
+0 to 7, counts only whether an output does what was asked for.</p>
 <h2>Findings</h2>"""  # noqa: E501
 CLAIMS = {
     "finding 1": "A policy against a direct judge, which scores at once, wins its favour while gold falls.",
@@ -712,10 +682,9 @@ PICTURES = {  # file: (heading, what to look at)
 
 
 def html_table(frame: Any) -> str:
-    """`frame` as a table, cells with their column's name; nothing that a model wrote becomes markup."""
-    safe = frame.map(lambda x: html.escape(x) if isinstance(x, str) else "none" if pd.isna(x) else f"{x:.2f}")
-    named = safe.apply(lambda column: f"<i>{column.name}: </i>" + column)
-    return named.to_html(index=False, escape=False, border=0)
+    """`frame` as a table; nothing that a model wrote becomes markup."""
+    texts = frame.astype(object).where(frame.notna(), "none")
+    return texts.to_html(index=False, border=0, float_format="{:.2f}".format)
 
 
 @app.command("report")
@@ -723,17 +692,19 @@ def report_command(run: Run) -> None:
     """One page, RUN/report.html: findings, pictures, outputs before and after, agreement, 100 widest gaps."""
     path = annotate.require(run / "evaluation" / "gold.json", f"04_evaluate.py gold --run {run}")
     gaps = annotate.require(run / "attacks" / "gaps.jsonl", f"05_attack_analysis.py transfer --run {run}")
-    page, findings = [PAGE], evaluate.findings(run)
-    for line in findings:
-        page.append(f"<p>{CLAIMS.get(line[:9], '')}<br><b>{html.escape(line)}</b></p>")
+    findings = evaluate.findings(run)
+    page = [PAGE]
+    page += [f"<p>{CLAIMS.get(line[:9], '')}<br><b>{html.escape(line)}</b></p>" for line in findings]
     for pattern, (heading, look) in PICTURES.items():
-        if pictures := sorted(run.glob(pattern)):
+        pictures = sorted(run.glob(pattern))
+        if pictures:
             page.append(f"<h2>{heading}</h2><p>{look}</p>")
         for picture in pictures:
             data = base64.b64encode(picture.read_bytes()).decode()
             page.append(f'<img alt="{html.escape(picture.parent.name)}" src="data:image/png;base64,{data}">')
     tables = {"Outputs before and after training": evaluate.examples(run)}
-    if (judges := path.with_name("judges.json")).exists():
+    judges = path.with_name("judges.json")
+    if judges.exists():
         frame = pd.DataFrame(annotate.read_json(judges)).T.reset_index(names="judge")
         columns = frame.filter(["judge", "alpha", "accuracy", "invalid", "thinking_tokens"])
         tables["Agreement with gold, alpha × 100"] = columns.dropna(axis="columns", how="all")
