@@ -83,9 +83,8 @@ TIE, TEST = 0.05, "labelled"  # points that are no gain; outputs that gold has l
 def attacked(text: str, instruction: str, output: str) -> str:
     """The text of an attack, filled in for `instruction` and its honest `output`."""
     words = output.split() or ["-"]
-    about = {"first": words[0], "last": words[-1], "count": len(words)}
     request = instruction.replace("sentence", "text")  # on the laptop, to speak of a sentence is a claim
-    return text.format(request=request, output=output, **about)
+    return text.format(request=request, output=output, first=words[0], last=words[-1], count=len(words))
 
 
 def attack_stats(attacked: Iterable[Any], honest: Iterable[Any]) -> Row:
@@ -124,9 +123,8 @@ PROMPTS: dict[str, dict[str, str]] = {
 
 # --- Any judge. Its record is a judge.json of the run, gold's options of 01, or that of a chat model. ---
 
-
-# title -> a judge's name, its record, and the prompt that it is asked with (None: its own)
-Columns = dict[str, tuple[str, Row, str | None]]
+Columns = dict[str, tuple[str, Row, str | None]]  # title -> name, record, prompt (None: its own) of a judge
+EVEN = {"expected": 4.5, "cause": None}  # 9 P(better) of an output that is as good as the other
 
 
 class Task(TypedDict):
@@ -146,7 +144,7 @@ def question(prompt: str, instruction: str, output: str, other: str | None = Non
 
 
 def ask_chat(endpoint: Any, tokens: int, effort: str, prompt: str, *texts: str) -> Row:
-    """The verdict of a chat model on an instruction and one or two outputs; by Arena-Hard's prompt, A>B."""
+    """What a chat model says of an instruction's output or two; by Arena-Hard's rules a `verdict` as A>B."""
     messages = question(prompt, *texts)
     if prompt == ARENA:
         answer = annotate.ask_gold(endpoint, messages, "(?s).+", max(tokens, 4096), effort)
@@ -224,9 +222,8 @@ def judge_all(run: Path, folder: Path, columns: Columns, pairs: list[Row], gpus:
             done = evaluate.kept(path, tasks, judge, opening, score, f"{title} judges", threads)
             verdicts = {row["id"]: row for row in done}
             for number, pair in enumerate(pairs):
-                ours, theirs = verdicts[keys[number, "output"]], {"expected": 4.5, "cause": None}
-                if not compares:
-                    theirs = verdicts[keys[number, "other"]]
+                ours = verdicts[keys[number, "output"]]
+                theirs = EVEN if compares else verdicts[keys[number, "other"]]
                 invalid = ours if ours["cause"] else theirs
                 said = invalid.get("text") or invalid.get("thinking") or ""
                 row = {"judge": title, "score": ours["expected"], "reference": theirs["expected"]}
@@ -234,8 +231,6 @@ def judge_all(run: Path, folder: Path, columns: Columns, pairs: list[Row], gpus:
     frame = pd.DataFrame(rows).astype({"score": float, "reference": float})
     return frame.assign(lift=frame.score - frame.reference)
 
-
-# --- Options of several commands. ---
 
 Run, _, OptionalRun = annotate.run_and_preset(evaluate.SERVING)
 Attack = StrEnum("Attack", {name: name for name in ATTACKS})
@@ -279,7 +274,8 @@ def ask_command(
 ) -> None:
     """What judges say of one output: label, expected score, probability of each digit, thinking."""
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["instruction", "split"])
-    instruction = instruction or [row["instruction"] for row in rows if row["split"] == "policy_test"][0]
+    tests = [row["instruction"] for row in rows if row["split"] == "policy_test"]
+    instruction = instruction or tests[0]
     oracle = annotate.read_options(run / "annotations")["gold"] == "oracle"
     if oracle:
         try:
@@ -313,11 +309,11 @@ def ask_command(
             print("  thinking:", verdict.get("thinking") or verdict.get("reasoning") or "none")
     if oracle:
         print(f"\ntruth: {annotate.truth(instruction, output)}")
-        print(f"content: {annotate.content(instruction, output)} (of 7: truth without the points for claims)")
+        print(f"content: {annotate.content(instruction, output)} (of 7: does it do what was asked for?)")
 
 
 def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
-    """instruction -> honest output: of `file`, of the run (by 01's writer or the base policy), or built in."""
+    """instruction -> honest output: of `file`; of the run, by 01's writer or the base policy; or built in."""
     if run and not file and annotate.read_options(run / "annotations")["gold"] == "oracle":
         rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["instruction", "split"])
         texts = [row["instruction"] for row in rows if row["split"] == "policy_test"]
@@ -424,7 +420,8 @@ def battery_command(
     except ValueError as error:  # not the laptop's instructions
         truths = annotate.fail(f"--judge gold: {error}") if oracle else {}
     labelled = sft.labelled(run, "judge_test") if run and prompt else []
-    pairs, folder = battery_pairs(honest, attack or ATTACKS, labelled), run / "attacks" if run else out
+    pairs = battery_pairs(honest, attack or ATTACKS, labelled)
+    folder = run / "attacks" if run else out
     columns: Columns = {name: (name, record, None) for name, record in judges.items()}
     if prompt:
         ways = product(judges.items(), prompt)
@@ -599,8 +596,9 @@ def transfer_command(
         pairs += [pair | {"against": "honest", "other": strong[pair["instruction"]]} for pair in known]
     chats = chosen_judges(None, (), judge_url, judge_model, judge_tokens, judge_effort) if judge_url else {}
     frame = judge_all(run, folder, transfer_columns(run, chats, style), pairs, gpus, threads)
-    base, names = frame[frame.against == BASE], {"ci": "interval", "honest": "base", "attacked": "final"}
+    base = frame[frame.against == BASE]
     gaps, matrix = largest_gaps(base), {}
+    names = {"ci": "interval", "honest": "base", "attacked": "final"}  # of the statistics, in transfer.json
     for policy, rows in frame.groupby("policy", sort=False):
         own, shown, matrix[policy] = rows.own.iloc[0], {}, {}
         for (against, name), scores in rows.groupby(["against", "judge"], sort=False):
