@@ -214,6 +214,7 @@ def test_ask_gold_about_an_output_of_ones_own(run: Path) -> None:
     assert f"instruction: {TEXTS[0]}\noutput: {output}\n" in said
     assert f"gold: label {label}, expected score {label:.2f}\n  thinking: {why}\n" in said
     assert f"truth: {annotate.truth(TEXTS[0], output)}\n" in said
+    assert f"content: {annotate.content(TEXTS[0], output)} (" in said and "content" in attacks.PAGE
     empty = stage(attacks, f"ask --run {run} --judge gold --output '' --instruction '{TEXTS[1]}'").output
     assert f"instruction: {TEXTS[1]}\noutput: \n" in empty and "gold: label 0" in empty
     assert "its own template" in stage(attacks, f"ask --run {run} --instruction Hi --output x", 1).stderr
