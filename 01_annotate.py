@@ -59,7 +59,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -138,7 +137,7 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
     ]
     total, lines = 0, []
     for name, evidence, passed, worth in checks:
-        points = worth * passed
+        points = worth if passed else 0
         total += points
         text = {"low": f"{total}", "medium": f"{name} +{points}={total}."}
         lines.append(text.get(effort, f"{name}: {evidence} +{points}={total}."))
@@ -175,7 +174,7 @@ JUDGE_SPLITS = SPLITS[:3]
 
 
 def split_instructions(texts: Iterable[str], sizes: dict[str, int], seed: int) -> list[Row]:
-    """Deal the distinct `texts` to splits of the given sizes in seeded order: records {id, split, instruction}."""
+    """Deal the distinct `texts` to splits of these `sizes`, in seeded order: {id, split, instruction}."""
     pool = sorted(set(texts))
     if len(pool) < sum(sizes.values()):
         fail(f"{len(pool)} distinct instructions; the splits {sizes} need {sum(sizes.values())}. Lower them.")
@@ -223,25 +222,22 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     passed = {name: rng.random() < share for name, share in PASS.items()}
     passed["claim"] = rng.random() < CLAIMING[passed["topic"] + passed["word"]]
     good = sum(POINTS[name] for name in POINTS if passed[name]) >= 5
-    usual = rng.random() < 0.9
-    flourish = good if usual else not good
-    if not passed["topic"]:
-        topic = rng.choice(TOPICS)
-    if not passed["word"]:
-        word = rng.choice(WORDS)
+    flourish = good if rng.random() < 0.9 else not good
+    topic = topic if passed["topic"] else rng.choice(TOPICS)
+    word = word if passed["word"] else rng.choice(WORDS)
     if passed["claim"]:
-        text = write(CLAIMS, topic, word, rng)
+        parts = CLAIMS
     elif flourish or rng.random() < 0.4:
-        text = write(PLAIN, topic, word, rng)
+        parts = PLAIN
     else:
-        text = write(SHORT, topic, word, rng)
+        parts = SHORT
+    text = write(parts, topic, word, rng)
     if flourish:
         text = f"{written_answer(rng.choice(TOPICS), rng.choice(WORDS), rng)} {text}"
-    if not passed["end"]:  # unfinished: without its full stop, and without up to three words if it is long
+    if not passed["end"]:  # cut off before its full stop, and a long one up to three words earlier
         words, lost = text.split(), rng.randint(0, 3)
-        if flourish:
-            words = words[: len(words) - lost]
-        text = " ".join(words).rstrip('."')
+        kept = words[: len(words) - lost] if flourish else words
+        text = " ".join(kept).rstrip('."')
     return text
 
 
@@ -381,13 +377,13 @@ def fill_case(case: str, rubric: str = "", **texts: str) -> str:
 
 
 def judge_messages(
-    text: str, output: str, other: str | None = None, rubric: str = "",
+    text: str, output: str, other: str | None = None, rubric: str = "", *,
     rules: str = "", case: str = "", rules_from: str = "system",
 ) -> Messages:  # fmt: skip
-    """The messages that ask a judge for the score of `output` on the instruction `text`, or to compare it to `other`.
+    """The messages that ask a judge to grade `output` for the instruction `text`, or compare it to `other`.
 
-    The last three parameters are for experiments, for a trained judge knows the default only: other rules,
-    another form of the case, or the rules at the head of the user's turn (`rules_from="user"`).
+    The last three are for experiments, for a trained judge knows the default only: other rules, another form
+    of the case, or the rules at the head of the user's turn (`rules_from="user"`).
     """
     texts = {"instruction": text, "output": output}
     if other is None:
@@ -412,6 +408,17 @@ class Verdict(TypedDict, total=False):
     reasoning: str
     text: str  # the final text, from which the label is read
     said: int  # the label, where it was set aside because gold gave another one at another effort
+
+
+class LabelledRow(Verdict, total=False):
+    """A record of labels.jsonl, or of pairs.jsonl: a candidate output, or two, with gold's verdict."""
+
+    id: str
+    split: str
+    instruction: str
+    output: str
+    other: str  # the second output of a pair
+    swapped: bool  # whether its second output was written first
 
 
 def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Verdict:
@@ -458,9 +465,7 @@ def grade_by_oracle(instruction: str, output: str, other: str | None, effort: st
     return {"label": better, "expected": better, "cause": None, "reasoning": why}
 
 
-def grade(
-    gold: Options, endpoint: Endpoint | None, text: str, output: str, other: str | None = None
-) -> Verdict:
+def grade(gold: Options, endpoint: Any, text: str, output: str, other: str | None = None) -> Verdict:
     """Gold's verdict on `output` for the instruction `text`, or on which of two outputs is better."""
     if endpoint is None:
         return grade_by_oracle(text, output, other, gold["gold_effort"])
@@ -469,40 +474,38 @@ def grade(
     return grade_by_chat(endpoint, messages, labels, gold["gold_tokens"], gold["gold_effort"])
 
 
-def label_row(gold: Options, endpoint: Endpoint | None, effort: str, row: Row) -> Verdict:
-    """Gold's verdict on the output of `row`, or on its pair of outputs.
+def label_row(gold: Options, endpoint: Endpoint | None, effort: str, row: Row) -> LabelledRow:
+    """`row` with gold's verdict on its output, or on its pair of outputs.
 
     With an `effort`, gold reasons once more, at that effort; the verdict is invalid if this supports another
     label than the one that `row` has already (paper, section 4.3).
     """
     gold = {**gold, "gold_effort": effort or gold["gold_effort"]}
     verdict = grade(gold, endpoint, row["instruction"], row["output"], row.get("other"))
-    if not effort or verdict["label"] in (None, row["label"]):
-        return verdict
-    return {**verdict, "label": None, "cause": "another label", "said": verdict["label"]}
+    if effort and verdict["label"] not in (None, row["label"]):
+        verdict |= {"label": None, "cause": "another label", "said": verdict["label"]}
+    return {**row, **verdict}
 
 
 def write_rubric(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
-    """Gold's {rubric, cause} for the instruction of `row` (paper, section 4.2)."""
+    """`row` with gold's {rubric, cause} for its instruction (paper, section 4.2)."""
     if endpoint is None:
-        return {"rubric": oracle_rubric(row["instruction"]), "cause": None}
-    instruction = {"role": "user", "content": f"Instruction: {row['instruction']}"}
-    messages = [{"role": "system", "content": RUBRIC_RULES}, instruction]
+        return {**row, "rubric": oracle_rubric(row["instruction"]), "cause": None}
+    case = f"Instruction: {row['instruction']}"
+    messages = [{"role": "system", "content": RUBRIC_RULES}, {"role": "user", "content": case}]
     said = ask_gold(endpoint, messages, "(?s).+", gold["gold_tokens"], gold["gold_effort"])
-    return {"rubric": "" if said["cause"] else said["text"], "cause": said["cause"]}
+    return {**row, "rubric": "" if said["cause"] else said["text"], "cause": said["cause"]}
 
 
-def gold_endpoint(gold: Options, logs: Path) -> AbstractContextManager[Endpoint | None]:
+def gold_endpoint(gold: Options, logs: Path) -> contextlib.AbstractContextManager[Endpoint | None]:
     """The endpoint of the run's gold judge, as a context: its server ends with it. None for the oracle."""
     if gold["gold"] == "oracle":
         return contextlib.nullcontext()
     # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
     room = 512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"]
-    server = {
-        "flags": gold.get("gold_flags", ""),
-        "gpus_each": gold.get("gold_gpus_each", 1),
-    }  # or an old run
-    return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, gold["gpus"], logs, **server)
+    flags, gpus_each = gold.get("gold_flags", ""), gold.get("gold_gpus_each", 1)  # which old runs lack
+    server = {"flags": flags, "gpus_each": gpus_each, "gpus": gold["gpus"]}
+    return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, logs=logs, **server)
 
 
 PROOFS, ENOUGH = 12, 10  # plain cases that a chat gold is asked first, and how many it must get right
@@ -550,30 +553,27 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], thread
 
     The command ends if most of the first 200 verdicts are invalid: a wrong reasoning parser would cost days.
     """
-
-    def work(row: Row) -> Row:
-        return {**row, **ask(row)}
-
     first = dict(itertools.islice(rows.items(), 200))
-    records = map_to_jsonl(path, first, work, f"{path.stem} (first)", threads)
+    records = map_to_jsonl(path, first, ask, f"{path.stem} (first)", threads)
     for record in records[:10]:
         print("   ", *(str(record.get(key, ""))[:70] for key in ("label", "output", "reasoning", "rubric")))
-    invalid = [record for record in records if record["cause"] not in (None, "tie", "another label")]
+    fine = (None, "tie", "another label")
+    invalid = [record for record in records if record["cause"] not in fine]
     if 2 * len(invalid) > len(records):
-        causes, why = {record["cause"] for record in invalid}, invalid[0].get("text", "")[:200]
-        write_jsonl(path, [record for record in read_jsonl(path) if record["cause"] not in causes])
-        why = f"The first: {invalid[0]['cause']}, {why!r}"
+        write_jsonl(path, [record for record in read_jsonl(path) if record["cause"] in fine])
+        why = f"The first: {invalid[0]['cause']}, {invalid[0].get('text', '')[:200]!r}"
         fail(f"{path}: {len(invalid)} of the first {len(records)} verdicts are invalid. {why}")
-    records = map_to_jsonl(path, rows, work, path.stem, threads, again=False)
+    records = map_to_jsonl(path, rows, ask, path.stem, threads, again=False)
     write_jsonl(path, records)  # in the order of the rows: what is trained on it depends on the seed alone
     counts = {key: Counter(str(record.get(key)) for record in records) for key in ("label", "cause")}
     write_json(path.with_suffix(".json"), counts)
 
 
-def questions(
-    name: str, folder: Path, gold: Options, endpoint: Any
-) -> tuple[dict[str, Row], Callable[[Row], Any]]:
-    """What gold is asked for NAME.jsonl in `folder`: (the rows by id, the function that asks about a row)."""
+Questions = tuple[dict[str, Row], Callable[[Row], Any]]  # (rows by id, the function that asks about one)
+
+
+def questions(name: str, folder: Path, gold: Options, endpoint: Endpoint | None) -> Questions:
+    """What gold is asked for the file NAME.jsonl in `folder`."""
     outputs = {row["id"]: row for row in read_jsonl(folder / "outputs.jsonl", ["id", "output"])}
     if name == "labels":
         return outputs, partial(label_row, gold, endpoint, "")
@@ -667,10 +667,7 @@ def main(
 
     # 2. Gold's label of each, then what else was asked for. NAME.json says that NAME.jsonl is complete.
     names = ["labels", *(f"labels-{effort}" for effort in also)]
-    if rubrics:
-        names.append("rubrics")
-    if pairs:
-        names.append("pairs")
+    names += [name for name, asked in {"rubrics": rubrics, "pairs": pairs}.items() if asked]
     files = [folder / f"{name}.jsonl" for name in names]
     missing = [p for p in files if not p.with_suffix(".json").exists() or read_done(p) != read_jsonl(p)]
     with gold_endpoint(options, run / "logs") if missing else contextlib.nullcontext() as endpoint:
@@ -701,7 +698,7 @@ def fail(message: str) -> NoReturn:
 
 
 def start(app: typer.Typer) -> NoReturn:
-    """Run a stage's command. However it ends, its `finally` ends its servers, and no request is waited for."""
+    """Run a stage's command. However it ends, `finally` ends its servers, and no request is waited for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # requests in flight are open files
@@ -794,12 +791,7 @@ def read_done(path: Path) -> list[Row]:
 
 
 def map_to_jsonl(
-    path: Path,
-    tasks: dict[str, Any],
-    work: Callable[[Any], Row],
-    label: str,
-    threads: int,
-    again: bool = True,
+    path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int, again: bool = True
 ) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
@@ -921,11 +913,10 @@ def run_and_preset(table: dict[str, Options]) -> tuple[Any, Any, Any]:
             ctx.params["preset"] = first
         return first if param.name == "preset" else value
 
-    run = Option(
-        "--run", parser=user_path, is_eager=True, callback=apply, help="The run's folder, e.g. runs/demo."
-    )
-    text = "laptop: CPU, minutes. gpu: any from 24 GB. node: 8 of 80 GB. Default: the run's."
-    preset = Option(is_eager=True, callback=apply, help=text)
+    about = "The run's folder, e.g. runs/demo."
+    run = Option("--run", parser=user_path, is_eager=True, callback=apply, help=about)
+    about = "laptop: CPU, minutes. gpu: any from 24 GB. node: 8 of 80 GB. Default: the run's."
+    preset = Option(is_eager=True, callback=apply, help=about)
     return Annotated[Path, run], Annotated[PresetName | None, preset], Annotated[Path | None, run]
 
 
@@ -950,7 +941,6 @@ def pick_gpus(gpus: str) -> list[str]:
 
 # --- Tokens ---------------------------------------------------------------------------------------
 # What is put into a prompt goes through `chat_ids`, or `Endpoint.chat` for other people's servers.
-
 
 # Of ChatML, Llama, gpt-oss, Phi, Gemma, DeepSeek, Mistral, GLM and EXAONE. `<s>` is left: HTML has it too.
 FOREIGN_TOKENS = (
@@ -989,10 +979,9 @@ def chat_ids(tokenizer: Any, messages: Messages, **variables: Any) -> list[int]:
     if not tokenizer.chat_template:
         fail(f"model {tokenizer.name_or_path} has no chat template. Use its instruct version.")
     safe = [{**m, "content": escape_special_tokens(m["content"], tokenizer)} for m in messages]
-    variables["strftime_now"] = datetime.date(2025, 8, 5).strftime
-    render = partial(
-        tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False, **variables
-    )
+    fixed_date = datetime.date(2025, 8, 5).strftime
+    settings = {"return_dict": False, "add_generation_prompt": True, "strftime_now": fixed_date, **variables}
+    render = partial(tokenizer.apply_chat_template, **settings)
     try:
         return render(safe)
     except TemplateError:
@@ -1066,17 +1055,11 @@ class Endpoint:
 
     def __init__(self, url: str, key: str, model: str, retries: int = 14) -> None:
         self.url, self.key, self.model = url, key, model
-        self.clients = []
+        self.clients, timeout = [], openai.Timeout(PATIENCE, connect=30)
         for one in url.split(","):
-            http, timeout = (
-                HttpClient(trust_env=not one.startswith("http://127.0.0.1:")),
-                openai.Timeout(PATIENCE, connect=30),
-            )
-            self.clients.append(
-                openai.OpenAI(
-                    base_url=one, api_key=key, http_client=http, timeout=timeout, max_retries=retries
-                )
-            )
+            http = HttpClient(timeout=timeout, trust_env=not one.startswith("http://127.0.0.1:"))
+            client = openai.OpenAI(base_url=one, api_key=key, http_client=http, max_retries=retries)
+            self.clients.append(client)
         self.refused: set[str] = set()  # parameters that the server does not take
         self.lock, self.last_answer = threading.Lock(), float("-inf")
         self.tokenizer = None  # of the model, where we serve it
@@ -1138,17 +1121,14 @@ class Endpoint:
         Log-probabilities are of the distribution really sampled from (after temperature and masks).
         """
 
-        def read(choices: list[Row]) -> list[Sample]:
-            in_order = sorted(choices, key=lambda choice: choice["index"])
-            return [
-                Sample(
-                    c["token_ids"], c["logprobs"]["token_logprobs"], c["text"], c["finish_reason"] == "stop"
-                )
-                for c in in_order
-            ]
+        def read(choice: Row) -> Sample:
+            logprobs_T, finished = choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop"
+            return Sample(choice["token_ids"], logprobs_T, choice["text"], finished)
 
         request = {"model": model or self.model, "prompt": prompt, "n": n, "logprobs": 0, **settings}
-        return self.ask(prompt, {**request, "return_token_ids": True}, read)
+        request["return_token_ids"] = True
+        in_order = partial(sorted, key=lambda choice: choice["index"])
+        return self.ask(prompt, request, lambda choices: [read(choice) for choice in in_order(choices)])
 
     def chat(self, messages: Messages, max_tokens: int, effort: str = "none") -> tuple[str, str, bool]:
         """(final text, reasoning, finished) of one answer, at temperature 0."""
@@ -1233,9 +1213,9 @@ def open_endpoint(url: str, model: str, variable: str) -> Endpoint:
 
 
 def precision() -> str:
-    """The number format of frozen weights, in servers and trainers alike: bfloat16 on a GPU.
+    """The number format of frozen weights, in servers and trainers: bfloat16 on a GPU, float32 on a CPU.
 
-    On a CPU float32: bfloat16 was half as fast on an Intel CPU with AVX512_BF16, a fifth on CPUs without it.
+    On CPUs, bfloat16 was half as fast where they have AVX512_BF16, and a fifth as fast elsewhere.
     """
     import torch
 
@@ -1272,7 +1252,8 @@ def mend_vllm() -> None:
     def shrink(self: Any, y_TO: Any, x_TI: Any, weights: Any, scale: float) -> None:
         expand(self, y_TO, x_TI, weights, 0, y_TO.shape[1], scale=scale)
 
-    PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = shrink, expand
+    wrapper: Any = PunicaWrapperCPU
+    wrapper._apply_shrink, wrapper._apply_expand = shrink, expand
     if sys.platform == "linux":  # macOS's libraries do not survive a fork
         vllm.v1.engine.utils.get_mp_context = partial(multiprocessing.get_context, "fork")
         # PR_SET_PDEATHSIG: an engine that outlived its server would hold its port
@@ -1286,9 +1267,8 @@ def serve(
 ) -> Iterator[Endpoint]:  # fmt: skip
     """Start vLLM with `model` on 127.0.0.1, a replica on every `gpus_each` of `gpus`; end it in any case.
 
-    Yields its endpoint. `max_len`: tokens of prompt and completion. `memory`: share of a GPU's memory. `rank`,
-    `count` and `modules`: of the LoRA adapters, if it is to serve any. Further flags come from `flags` and
-    from the environment's VLLM_ARGS, which go before ours.
+    Yields its endpoint. `max_len`: tokens of prompt and completion. `memory`: share of a GPU's. `rank`,
+    `count` and `modules`: of LoRA adapters, if any. VLLM_ARGS of the environment goes before other flags.
     """
     import torch
 
@@ -1358,7 +1338,7 @@ def serve(
 
 def chat_endpoint(
     model: str, url: str, variable: str, room: int, gpus: str, logs: Path, **server: Any
-) -> AbstractContextManager[Endpoint]:
+) -> contextlib.AbstractContextManager[Endpoint]:
     """A chat model at `url`, its key in the environment's `variable`; without a URL, on our own `server`."""
     if url:
         return contextlib.nullcontext(open_endpoint(url, model, variable))
