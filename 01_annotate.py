@@ -9,10 +9,10 @@ What comes out: RUN/annotations/instructions.jsonl   every instruction with its 
                 RUN/annotations/rubrics.jsonl        (--rubrics) what an answer to each instruction must do
                 RUN/annotations/pairs.jsonl          (--pairs) two outputs, and which of them gold prefers
 
-Five words recur in all stages. *Gold* is the judge whose labels everything else is trained on; it stands in
-for the human. A judge that we train on its labels is a policy's *own judge* if it rewards that policy. An
-output makes a *claim* if it speaks of itself ("This sentence is correct."). *Content* counts only what the
-instruction asks for, and *truth* is gold's scale with the points for a claim turned into a loss.
+Five words recur in all stages. *Gold* is the judge whose labels all others are trained on; it stands in for
+the human. A policy's *own judge* is the trained judge that rewards it. An output makes a *claim* if it speaks
+of itself ("This sentence is correct."). *Content* counts only what the instruction asks for, and *truth* is
+gold's scale with the points for a claim turned round: they go to outputs without one.
 
 Simpler than the paper, and why:
  1. On the laptop, gold is a rule-based *oracle* instead of gpt-oss-120b: it costs nothing, and a 135M model
@@ -512,7 +512,7 @@ PROOFS, ENOUGH = 12, 10  # plain cases that a chat gold is asked first, and how 
 
 
 def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
-    """End the command unless gold prefers answers to plain instructions to the answers to other instructions.
+    """End the command unless gold prefers the right answers to plain instructions to those to other ones.
 
     Kernels have served garbage without a word (flashinfer#3334, vllm#39545): better found in a minute than
     after 200,000 labels. Always the same digit gets no case right, a random digit five or six of twelve.
