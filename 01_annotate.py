@@ -569,11 +569,8 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], thread
     write_json(path.with_suffix(".json"), counts)
 
 
-Questions = tuple[dict[str, Row], Callable[[Row], Any]]  # (rows by id, the function that asks about one)
-
-
-def questions(name: str, folder: Path, gold: Options, endpoint: Endpoint | None) -> Questions:
-    """What gold is asked for the file NAME.jsonl in `folder`."""
+def questions(name: str, folder: Path, gold: Options, endpoint: Any) -> tuple[dict[str, Row], Any]:
+    """What gold is asked for NAME.jsonl in `folder`: (rows by id, the function that asks about one)."""
     outputs = {row["id"]: row for row in read_jsonl(folder / "outputs.jsonl", ["id", "output"])}
     if name == "labels":
         return outputs, partial(label_row, gold, endpoint, "")
@@ -582,10 +579,9 @@ def questions(name: str, folder: Path, gold: Options, endpoint: Endpoint | None)
     if name == "rubrics":
         rows = {row["id"]: row for row in read_jsonl(folder / "instructions.jsonl")}
         return rows, partial(write_rubric, gold, endpoint)
-    effort = name.removeprefix("labels-")
     labelled = [row for row in read_jsonl(folder / "labels.jsonl") if row["label"] is not None]
     rows = {row["id"]: row for row in labelled if row["split"] == "judge_train"}
-    return rows, partial(label_row, gold, endpoint, effort)
+    return rows, partial(label_row, gold, endpoint, name.removeprefix("labels-"))
 
 
 # --- The command ----------------------------------------------------------------------------------
