@@ -20,7 +20,7 @@ MUTATIONS = [
     ("01", '{match[0][0]} {match[0][1:]}"', '{match[0]}"', "special tokens are not broken up"),
     ("01", "status >= 500)", "status >= 900)", "one 500 ends the run"),
     ("01", 'get("finish_reason") != "length"', 'get("finish_reason") == "stop"', "other words for stop"),
-    ("01", 'verdict["label"] in (None, row["label"])', "True", "another label is kept"),
+    ("01", 'verdict["label"] not in (None, row["label"])', "False", "another label is kept"),
     ("01", 'one["output"], "other": two', 'two["output"], "other": one', "outputs of a pair swapped"),
     ("01", "(2025, 8, 5)", "(2025, 8, 6)", "the date in a prompt"),
     ("02", "answer_at - 1 if len(prompt) > prefix", "answer_at if True", "answers one place late"),
