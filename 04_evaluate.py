@@ -615,7 +615,7 @@ def judges_command(
     for measure in ("alpha", "accuracy"):
         table = {name: score for name, score in scores.items() if measure in score}
         if table:
-            show(pd.DataFrame(table, dtype=float).T)
+            show(pd.DataFrame(table).drop("alpha_lift_interval", errors="ignore").astype(float).T)
 
 
 def alpha_lift(before: list[Row], after: list[Row], draws: int = 1000) -> Row:

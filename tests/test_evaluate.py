@@ -476,11 +476,16 @@ def test_the_judges_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         annotate.write_jsonl(
             folder / f"evaluation/judges/{name}.jsonl", [*records, {**records[0], "id": "another"}]
         )
+    path = folder / "judges/reasoning-rl/judge.json"
+    annotate.write_json(path, {**annotate.read_json(path), "before": "direct-sft"})
     result = run(f"judges --run {folder}")
     assert result.exit_code == 0, result.output
     scores = json.loads((folder / "evaluation/judges.json").read_text())
     assert scores["direct-sft"]["alpha"] == 100 and scores["direct-sft"]["invalid"] == 25
     assert scores["direct-pairwise-sft"]["accuracy"] == 75 and scores["base-pairwise"]["n"] == 4
+    # what GRPO did to a judge: of the same outputs, too few here for an interval
+    assert scores["reasoning-rl"]["alpha_lift"] == 0 and "alpha_lift" not in scores["direct-sft"]
+    assert scores["reasoning-rl"]["alpha_lift_interval"] is None and "alpha_lift" in result.output
     assert (
         result.output.index("alpha") < result.output.index("reasoning-rl") < result.output.index("accuracy")
     )
