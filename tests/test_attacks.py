@@ -283,7 +283,7 @@ def test_a_users_file_is_never_changed(url: str, tmp_path: Path) -> None:
     assert "empty on gold succeeds on 0% of 1 instructions" in result.stdout.splitlines()[-1]
     assert file.read_bytes() == text and len(REQUESTS) == 2
     file.write_bytes(b'{"instruction": "Name a lake."}\n')
-    assert "line 1: no output" in battery(url, tmp_path / "b", f"--instructions {file}", 1).stderr
+    assert "line 1: no text in output" in battery(url, tmp_path / "b", f"--instructions {file}", 1).stderr
 
 
 def test_other_peoples_instructions(url: str, tmp_path: Path) -> None:
