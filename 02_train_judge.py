@@ -301,8 +301,8 @@ class Pack:
 def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
     """Pack `pairs`, in order, into forward passes of at most `budget` tokens (one pair may exceed it).
 
-    A pair joins the pack before it if tokens(pack with it) <= tokens(pack) + tokens(pair alone), that is, if
-    the prefix that it shares is worth more than what the pack's prefix loses by its joining.
+    A pair joins the latest pack if tokens(pack with it) <= tokens(pack) + tokens(pair alone), tokens being
+    the length of `ids_S`: if the prefix that it shares is worth more than what the pack's prefix loses by it.
     """
     current: Pack | None = None
     for index in range(len(pairs)):
@@ -321,7 +321,7 @@ def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
 
 
 def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
-    """The pack of the pairs number `members`:
+    """The pack of the pairs number `members` of all `pairs`; the prefix is what their prompts share:
 
     ids_S        prefix | rest of prompt, answer | rest of prompt, answer | …
     positions_S  0 … p-1 | p, p+1 …              | p, p+1 …               | …

@@ -80,7 +80,8 @@ def pairwise_verifiable_reward(choice: int | None, gold: int) -> float:
 def read_score(text: str, reasoning: bool, labels: str = annotate.LABELS) -> int | None:
     """The digit of a whole judgement as a judge writes it, None if it is ill-formed or not one of `labels`.
 
-    The digit stands right after the first `</think>` and an empty line, and ends the answer.
+    The digit stands right after the first `</think>` and an empty line, and ends the answer: no blank and no
+    line end follow. Without `reasoning` the text is the digit alone, for the prompt holds the rest already.
     """
     if reasoning:
         _, closed, text = text.partition(sft.THINK_CLOSE)
@@ -94,7 +95,8 @@ def group_advantages(rewards_G: Sequence[float | None], floor: float, scale: boo
     """(r - mean) / max(std, floor) over the rewarded rollouts of one group; 0 for one without reward.
 
     std is that of the population. Expected scores hardly ever tie, so without the floor a group whose rewards
-    differ by a hair would be trained on as hard as any other. `scale` False: no division (Dr. GRPO).
+    differ by a hair would be trained on as hard as any other. Where std and floor are 0, advantages are 0.
+    `scale` False: no division (Dr. GRPO).
     """
     known = [r for r in rewards_G if r is not None]
     mean, spread = (fmean(known), max(pstdev(known), floor)) if known else (0.0, 0.0)
@@ -110,7 +112,8 @@ def grpo_loss(
 
     `weights_A` is 1 / (|y| N) for a token of a rollout of |y| tokens, N being the rollouts of the whole
     optimiser step: so the mean over tokens, then over rollouts, comes out right whatever part of the step is
-    handed in at a time. The KL term is the estimator of the GRPO paper, exp(ref - new) - (ref - new) - 1.
+    handed in at a time. `clip` = (low, high) keeps the ratio in [1 - low, 1 + high]. From each token's
+    surrogate `beta` times the KL term is taken, the GRPO paper's estimator exp(ref - new) - (ref - new) - 1.
     """
     ratio = (logprobs_A - old_A).exp()
     low, high = clip

@@ -549,7 +549,7 @@ def test_cutting() -> None:
     assert course.without_body(twice, "one", 3).startswith(bare)
 
 
-def test_the_grader(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_grader(tmp_path: Path) -> None:
     """Points for what is right, whatever else is broken; none for a crash, a long test or a missing file."""
     for path in ROOT.glob("0[123]*.py"):
         shutil.copy(path, tmp_path)
@@ -576,16 +576,14 @@ def test_the_grader(tmp_path: Path, monkeypatch: Any) -> None:
     assert (copy / "tests/test_rl.py").read_text() == (ROOT / "tests/test_rl.py").read_text()
     assert (copy / judge.name).read_text() == course.script_path("02").read_text()
     (tmp_path / "handin" / "ratio").mkdir(parents=True)
-    monkeypatch.setattr(course, "ONE_PROBLEM", 300)
-    results = course.grade(["rewards", "delimiter", "alpha"], tmp_path, seconds=600)
+    results = course.grade(["rewards", "delimiter", "alpha"], tmp_path, seconds=600, one=300)
     scores = {test["name"]: (test["score"], test["max_score"]) for test in results["tests"]}
     assert scores == {"rewards": (6, 6), "delimiter": (0, 5), "alpha": (0, 5)}
     said = {test["name"]: test["output"] for test in results["tests"]}
     assert "ended before" in said["delimiter"] and "SyntaxError" in said["alpha"] and json.dumps(results)
     policy.unlink()
     began = time.monotonic()
-    monkeypatch.setattr(course, "ONE_PROBLEM", 0.2)
-    late = course.grade(["loss", "ratio", "floor"], tmp_path)["tests"]
+    late = course.grade(["loss", "ratio", "floor"], tmp_path, one=0.2)["tests"]
     for test, said in zip(late, ("FileNotFoundError", "ended after", "no folder handin/floor")):
         assert said in test["output"]
     assert course.grade(["ratio"], tmp_path, seconds=0)["tests"][0]["output"] == "no time was left"

@@ -26,7 +26,7 @@ def test_reading_a_whole_judgement() -> None:
     """The digit stands right after the first end of the thinking, and alone."""
     assert rl.read_score("thought\n</think>\n\n7", True) == 7 == rl.read_score("7", False)
     assert rl.read_score("</think>\n\n2", True, "12") == 2
-    for ending in ("12", "7 good", "٧", "", "-1", "7</think>\n\n9", " 7"):
+    for ending in ("12", "7 good", "٧", "", "-1", "7</think>\n\n9", " 7", "7 ", "7\n"):
         assert rl.read_score(f"a</think>\n\n{ending}", True) is rl.read_score(ending, False) is None
     for text, labels in (("7", "7"), ("a</think>\n7", "7"), ("", "7"), ("</think>\n\n3", "12")):
         assert rl.read_score(text, True, labels) is None

@@ -96,6 +96,8 @@ def test_pack_by_hand() -> None:
     assert list(packed.positions_S) == [0, 1, 2, 3, 2, 3] and packed.starts == [2, 4]
     assert packed.sources_A == [1, 2, 3, 4, 5] and packed.targets_A == [7, 8, 9, 5, 6]
     assert [list(p.members) for p in sft.pack(pairs, 5)] == [[0], [1]] and not list(sft.pack([], 5))
+    (other,) = sft.pack(pairs[::-1], 100)
+    assert other.ids_S == [1, 2, 3, 5, 7, 8] and other.sources_A == [2, 3, 1, 4, 5], "the order of the pairs"
     alone = sft.build_pack(pairs, [1])
     assert alone.ids_S == [1, 2, 3, 5] and list(alone.positions_S) == [0, 1, 2, 3]
     assert alone.sources_A == [2, 3] and alone.targets_A == [5, 6]
