@@ -61,7 +61,7 @@ def ours(s: Any, run: Path) -> Any:
         return model, optimizer
 
     sft.load_training, annotate.truth = load_training, lambda text, output: reward(output)
-    annotate.Endpoint.sample = lambda *a, **more: sample(*a, **more, extra={"ignore_eos": True})
+    annotate.Endpoint.sample = lambda *a, **more: sample(*a, **more, ignore_eos=True)
     options = {"preset": s["preset"], "gold": "oracle", "gold_effort": "none", "gold_url": ""}
     annotate.write_json(run / "annotations/config.json", {"options": options})
     rows = [{"id": text, "split": "policy_train", "instruction": text} for text in texts(s)]
@@ -115,16 +115,16 @@ def trl(s: Any, folder: Path) -> Any:
 
 def label(s: Any, folder: Path) -> Any:
     """01's way to a label: threads, a chat request each, JSONL."""
-    chats = import_module("openai.resources.chat.completions").Completions
-    create, gold = chats.create, {"gold_effort": "none", "gold_tokens": s["tokens"]}
+    gold, ask_server = {"gold_effort": "none", "gold_tokens": s["tokens"]}, annotate.Endpoint.ask
 
-    def fixed_length(self: Any, **request: Any) -> Any:
-        answer = create(self, **request, extra_body={"ignore_eos": True})
-        assert answer.usage.completion_tokens == s["tokens"]
-        answer.choices[0].finish_reason, answer.choices[0].message.content = "stop", "7"
-        return answer
+    def fixed_length(self: Any, prompt: Any, request: Any, read: Any) -> Any:
+        def read_a_digit(choices: Any) -> Any:
+            choices[0] |= {"finish_reason": "stop", "message": {"content": "7"}}
+            return read(choices)
 
-    chats.create = fixed_length
+        return ask_server(self, prompt, {**request, "ignore_eos": True}, read_a_digit)
+
+    annotate.Endpoint.ask = fixed_length
     with annotate.serve(s["model"], folder, 2048, flags=f"--max-num-seqs {s['seqs']}") as endpoint:
         ask = partial(annotate.grade, gold, endpoint, "Write.")
         label_all = partial(annotate.map_to_jsonl, work=ask, label="labels", threads=2 * s["seqs"])
