@@ -286,8 +286,8 @@ class Pack:
     """One forward pass over a shared prefix and the branches behind it; S tokens, A answer tokens.
 
     A token sees the prefix and its own branch up to itself; its position counts as if the branch stood alone
-    behind the prefix. The hidden state at `sources_A[i]` predicts the answer token `targets_A[i]`; answers
-    stand one after the other, those of the pairs number `members` of the packed list.
+    behind the prefix. The hidden state at `sources_A[i]` predicts the answer token `targets_A[i]`. One answer
+    stands there after the other, in the order of `members`, the numbers of their pairs.
     """
 
     members: Sequence[int]
@@ -382,9 +382,8 @@ def attend_by_branch(
 ) -> tuple[Any, None]:
     """transformers' attention for a `Pack` (H query heads, C key-value heads): the prefix, then each branch.
 
-    A branch of B tokens sees the prefix and itself, T keys: the last token of the one is the last of the
-    other, so its causal mask is aligned at the lower right. No mask tensor is made, and none pays for the
-    other branches.
+    A branch of B tokens sees the prefix and itself, T keys. Its last query sees the last key, so the causal
+    mask is aligned at the lower right. No mask tensor is made, and no branch pays for the others.
     """
     outputs_1SHK, edges = [], [0, *starts, q_1HSK.shape[2]]
     for start, end in pairwise(edges):
@@ -793,13 +792,14 @@ def main(
     if effort and (pairwise or not reasoning):
         fail("--effort is about the reasoning of pointwise judges; leave it out.")
     own = annotate.read_options(run / "annotations")["gold_effort"]
-    options["effort"] = "" if effort == ("high" if own == "none" else own) else effort
+    if effort == own or (effort == "high" and own == "none"):
+        options["effort"] = ""  # that of labels.jsonl itself
     if pairwise:  # two outputs to read and to reason about
         options |= {"max_thinking": 2 * max_thinking, "max_prompt": 2 * max_prompt}
     check_context(model, options["max_prompt"] + options["max_thinking"], "--max-prompt and --max-thinking")
     kind = "reasoning" if reasoning else "direct"
-    parts = kind, "pairwise" * pairwise, options["effort"], "rubrics" * rubrics
-    folder = run / "judges" / f"{name or '-'.join(filter(None, parts))}-sft"
+    variants = ["pairwise" if pairwise else "", options["effort"], "rubrics" if rubrics else ""]
+    folder = run / "judges" / f"{name or '-'.join([kind, *filter(None, variants)])}-sft"
     training_rows(options, run)  # missing data end the command here
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():

@@ -20,8 +20,9 @@ A step, as in nearly every RL of language models today:
 Simpler than the paper, and why:
  1. LoRA, at a higher learning rate: publishing is a file of some megabytes.
  2. The old log-probabilities of eq. 2 are the sampler's own: they belong to the distribution that the
-    rollouts came from, and cost no forward pass. `logprob_gap` is their distance from the trainer's, `ratio`
-    what it makes of the first ratio, which should be 1; `--old-logprobs trainer` takes the trainer's.
+    rollouts came from, and cost no forward pass. `logprob_gap` is their mean distance from the trainer's own,
+    `ratio` the mean of exp(new - old) before any update: it should be 1. `--old-logprobs trainer` takes the
+    trainer's own as old ones.
  3. A policy's rollout cut off at its length limit is judged and trained on like any other.
  4. No DDP: each rank works on its share of a step's prompts; one sum over the gradients joins them.
 
@@ -604,7 +605,7 @@ Rate = Annotated[float, Option(min=0, max=1, help="Learning rate. Paper: 1e-6, f
 Temperature = Annotated[float, Option(min=0.05, max=2, help="Of the rollouts. Paper: 1.0 judge, 0.7 policy.")]
 StdFloor = Annotated[float, Option(min=0, help="Least std by which advantages are divided. Paper: silent.")]
 ScaleStd = Annotated[bool, Option(help="Divide advantages by the group's std. Paper: yes.")]
-TokenMean = Annotated[bool, Option(help="Mean over all tokens, not over each rollout's first. Paper: no.")]
+TokenMean = Annotated[bool, Option(help="Mean over all tokens at once, not by rollout first. Paper: no.")]
 ClipLow = Annotated[float, Option(min=0, max=1, help="eps_low of eq. 2. Paper: 0.2.")]
 ClipHigh = Annotated[float, Option(min=0, max=1, help="eps_high of eq. 2. Paper: 0.3.")]
 Every = Annotated[int, Option(min=1, help="Steps between two kept adapters.")]

@@ -727,7 +727,7 @@ def style_difference(candidate: Row, baseline: Row) -> list[float]:
 def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any, beta_K: Any) -> Any:
     """The K coefficients of greatest likelihood of B battles, by Newton's method from `beta_K`.
 
-    NaN where there is no maximum: of separable battles, steps of about 1 in log-odds never end.
+    NaN where there is no maximum: if style or model decides every battle, the coefficients grow for ever.
     """
     for _ in range(20):
         p_B = 1 / (1 + np.exp(-features_BK @ beta_K))
@@ -770,7 +770,7 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
     models, won_B, B = pd.get_dummies(fitted.model, dtype=float), fitted.won.to_numpy(), len(fitted)
     features_BK = np.hstack([models, fitted[STYLE]])
     gram_KK = features_BK.T @ features_BK
-    known_K = np.diag(np.linalg.pinv(gram_KK) @ gram_KK) > 1 - 1e-6  # not where style tells the model
+    known_K = np.diag(np.linalg.pinv(gram_KK) @ gram_KK) > 1 - 1e-6  # False: style determines it
     beta_K = fit_bradley_terry(features_BK, won_B, np.ones(B), np.zeros(len(gram_KK)))
     start_K, draws = np.nan_to_num(beta_K), []
     for _ in range(DRAWS if B else 0):

@@ -642,7 +642,8 @@ def patterns_command(run: Run) -> None:
     evaluate.show(shares.groupby(["policy", "kind"]).nth([0, -1]).T)
     seen = {name: name.replace("_", " ") for name in COMPONENTS if shares[name].any()}
     panels = {"share of texts": seen, "mean reward": {"reward": "mean reward"}}
-    evaluate.curves(shares[shares.kind == shares.kind.max()], folder / "patterns.png", panels)  # rollouts
+    drawn = "rollouts" if "rollouts" in set(shares.kind) else "outputs"
+    evaluate.curves(shares[shares.kind == drawn], folder / "patterns.png", panels)
 
 
 # --- report: one static page; nothing in it is loaded or run. ---
