@@ -101,7 +101,10 @@ def compare(whole: Path, killed: Path) -> Counter[str]:
             # Ids of scores are hashes of outputs, sampled anew; `04 gold` ends only with all of them.
             if not path.parent.match("evaluation/scores"):
                 change.update(lost=len(wanted - ids), added=len(ids.keys() - wanted.keys()))
-            change.update(duplicated=ids.total() - len(ids))
+                wanted_once = Counter({key: max(1, wanted[key]) for key in ids})  # a base output, by policy
+                change.update(duplicated=(ids - wanted_once).total())
+            else:
+                change.update(duplicated=ids.total() - len(ids))
         found.update(change)
         if change.total():
             print(f"  {path}: {dict(change)}", flush=True)
