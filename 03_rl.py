@@ -456,7 +456,8 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
         else:
             points_G[first].append(won)
             points_G[second].append(1 - won)
-    notes_G = [{"games": len(points), "cause": None if points else str(dict(causes))} for points in points_G]
+    cause = max(causes, key=lambda text: causes[text], default=None)  # the most common
+    notes_G = [{"games": len(points), "cause": None if points else cause} for points in points_G]
     return [fmean(points) if points else None for points in points_G], notes_G
 
 
@@ -480,11 +481,14 @@ def rows_that_fit(options: Options, task: Task, folder: Path) -> list[Row]:
     For 117,000 instructions that is minutes, which neither every rank nor every resume should spend.
     """
     path = folder / "fitting.json"
-    if not path.exists():
+    about = {"model": options["model"], "max_prompt": options["max_prompt"], "rows": len(task.rows)}
+    kept: Row = annotate.read_json(path, ["ids"]) if path.exists() else {}
+    if {**kept, **about} != kept:
         fitting = [row["id"] for row in task.rows if len(task.prompt(row)) <= options["max_prompt"]]
-        annotate.write_json(path, {"ids": fitting})
-    fitting = set(annotate.read_json(path, ["ids"])["ids"])
-    return [row for row in task.rows if row["id"] in fitting]
+        kept = {**about, "ids": fitting}
+        annotate.write_json(path, kept)
+    ids: set[str] = {*kept["ids"]}
+    return [row for row in task.rows if row["id"] in ids]
 
 
 # --- Where everything runs: servers on their GPUs, ranks on theirs --------------------------------

@@ -106,7 +106,8 @@ def trained_judges(run: Path, prompted: bool = False) -> dict[str, Judge]:
         if judge.get("pairwise"):
             words.append("pairwise")
         asked: Judge = {"reasoning": "reasoning" in way, "rubrics": "rubrics" in way, "adapter": None}
-        untrained["-".join(words + way)] = {**judge, **asked, "max_thinking": longest}
+        neither = {"before": "", "effort": ""}  # of which it has none
+        untrained["-".join(words + way)] = {**judge, **asked, **neither, "max_thinking": longest}
     return untrained | trained
 
 
@@ -437,9 +438,13 @@ def findings(run: Path) -> list[str]:
     agreement = annotate.read_json(path) if path.exists() else {}
     for name, scores in agreement.items():
         if "alpha_lift" in scores:
-            alpha = change(scores, "alpha", "{:+.0f}")
-            text = f"{'shown' if alpha.sign > 0 else 'not shown'}, alpha {alpha.text} by GRPO"
-            lines.append(f"finding 3: {text}, to {scores['alpha']:.0f} (judge {name})")
+            alpha, after = change(scores, "alpha", "{:+.0f}"), scores["alpha"]
+            few_invalid = scores.get("alpha_unusable", 0) <= 0.1 * scores.get(
+                "n", 0
+            )  # of survivors it is none
+            shown = "shown" if alpha.sign > 0 and few_invalid else "not shown"
+            reached = "none" if after is None else f"{after:.0f}"
+            lines.append(f"finding 3: {shown}, alpha {alpha.text} by GRPO, to {reached} (judge {name})")
     return lines or ["no policy was trained against a direct or reasoning judge: no finding to show"]
 
 
@@ -621,8 +626,13 @@ def judges_command(
 def alpha_lift(before: list[Row], after: list[Row], draws: int = 1000) -> Row:
     """alpha x 100 of the judgements `after` minus that of those `before`, of the same outputs in one order.
 
-    The interval is a paired bootstrap: each draw takes the same outputs for both.
+    Of outputs that both judge validly; the others are counted as unusable. The interval is a paired
+    bootstrap: each draw takes the same outputs for both.
     """
+    both = [n for n in range(len(before)) if None not in (before[n]["label"], after[n]["label"])]
+    unusable = {"alpha_unusable": len(before) - len(both)}
+    if len(both) < AT_LEAST:
+        return {"alpha_lift": None, "alpha_lift_interval": None, **unusable}
 
     def lift(places: Iterable[int]) -> float:
         alphas = []
@@ -631,10 +641,9 @@ def alpha_lift(before: list[Row], after: list[Row], draws: int = 1000) -> Row:
             alphas.append(100 * (sft.krippendorff_alpha(units) or 0.0))  # None, where nothing varies, is 0
         return alphas[1] - alphas[0]
 
-    drawn = np.random.default_rng(0).integers(len(before), size=(draws, len(before)))
-    ends = np.quantile([lift(places) for places in drawn], [0.025, 0.975]).tolist()
-    interval = ends if len(before) >= AT_LEAST else None
-    return {"alpha_lift": lift(range(len(before))), "alpha_lift_interval": interval}
+    drawn = np.random.default_rng(0).choice(both, size=(draws, len(both)))
+    interval = np.quantile([lift(places) for places in drawn], [0.025, 0.975]).tolist()
+    return {"alpha_lift": lift(both), "alpha_lift_interval": interval, **unusable}
 
 
 def mean_and_range(values: Any) -> str:

@@ -75,7 +75,7 @@ demo: setup
 
 # What 04 and 05 show of the demo that is shipped: its policies are sampled and its judges asked anew.
 look: setup
-	mkdir -p runs/look && cp -r results/demo/. runs/look
+	rm -rf runs/look && mkdir -p runs/look && cp -r results/demo/. runs/look
 	$(STAGE) 04_evaluate.py gold --run runs/look
 	$(STAGE) 05_attack_analysis.py battery  --run runs/look --judge gold --judge direct --limit 4
 	$(STAGE) 05_attack_analysis.py transfer --run runs/look

@@ -504,6 +504,44 @@ def test_a_parameter_that_is_refused_is_left_out(tmp_path: Path, mode: str, lost
     assert bodies[-1]["max_tokens"] == 1024 and "left out" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("says", "taken"),
+    [
+        ("Unsupported parameter: 'max_tokens' is not supported with this model.", False),
+        ("Range of max_tokens should be [1, 8192]", True),
+        ("max_tokens must be <= 4096", True),
+        ("blocked by our content policy: 'the temperature in space'", True),
+        ("Unknown parameter: temperature", False),
+    ],
+)
+def test_which_parameters_a_server_does_not_take(says: str, taken: bool) -> None:
+    """F2: not one whose value is too high, and not one whose name only stands in a quoted text."""
+    endpoint = annotate.Endpoint("http://127.0.0.1:1/v1", "secret", "gold", 0)
+    error: Any = type("Refused", (Exception,), {"status_code": 400})(says)
+    body = {"max_tokens": 16384, "temperature": 0.0}
+    assert endpoint.can_do_without(error, body) is not taken
+
+
+def test_what_is_asked_again_is_not_complete_before_it_is_there(tmp_path: Path) -> None:
+    """A second run asks again for what had failed; ended in the middle, it must not count as done."""
+    path, rows = tmp_path / "labels.jsonl", {str(n): {"id": str(n)} for n in range(6)}
+
+    def ask(row: Any, cause: Any = None) -> Any:
+        return {**row, "label": None if cause else 5, "cause": cause, "output": "", "reasoning": ""}
+
+    annotate.annotate(path, rows, lambda row: ask(row, "no answer: cut" if row["id"] == "3" else None), 1)
+    assert path.with_suffix(".json").exists() and len(annotate.read_jsonl(path)) == 6
+
+    def ended(row: Any) -> Any:
+        raise RuntimeError("Ctrl-C")
+
+    with pytest.raises(RuntimeError):
+        annotate.annotate(path, rows, ended, 1)
+    assert not path.with_suffix(".json").exists()
+    annotate.annotate(path, rows, ask, 1)
+    assert [row["label"] for row in annotate.read_jsonl(path)] == [5] * 6
+
+
 @pytest.mark.parametrize("mode", ["eos", "null-stop"])
 def test_other_words_for_stop(tmp_path: Path, mode: str) -> None:
     """Fault F3: only "length" means cut off."""

@@ -144,8 +144,21 @@ def test_agreement_before_and_after_grpo(tmp_path: Path) -> None:
     alpha = 100 * sft.krippendorff_alpha([(row["gold"], row["label"]) for row in before])
     low, high = lift["alpha_lift_interval"]
     assert lift["alpha_lift"] == pytest.approx(100 - alpha) and 0 < low < lift["alpha_lift"] < high
-    assert evaluate.alpha_lift(after, after) == {"alpha_lift": 0, "alpha_lift_interval": [0, 0]}
-    assert evaluate.alpha_lift(before[:9], after[:9])["alpha_lift_interval"] is None
+    none = {"alpha_lift": 0, "alpha_lift_interval": [0, 0], "alpha_unusable": 0}
+    assert evaluate.alpha_lift(after, after) == none
+    few = {"alpha_lift": None, "alpha_lift_interval": None, "alpha_unusable": 0}
+    assert evaluate.alpha_lift(before[:9], after[:9]) == few
+    # F12: agreement of survivors is none; what has no label is counted, and shows nothing
+    survivors = [{**row, "label": row["label"] if n < 12 else None} for n, row in enumerate(after)]
+    broken = evaluate.alpha_lift(before, survivors) | {"alpha": 100.0, "n": 30}
+    assert broken["alpha_unusable"] == 18 and broken["alpha_lift_interval"][0] > 0
+    annotate.write_json(tmp_path / "evaluation/gold.json", {"curves": {}, "kinds": {}})
+    for scores in (broken, {**broken, "alpha": None, "alpha_lift": None}):
+        annotate.write_json(tmp_path / "evaluation/judges.json", {"reasoning-rl": scores})
+        (line,) = evaluate.findings(tmp_path)
+        assert (
+            line.startswith("finding 3: not shown, alpha ") and "none" in line
+        ) or "18 of 30 invalid" in line
     annotate.write_json(tmp_path / "evaluation/gold.json", {"curves": {}, "kinds": {}})
     for name, more in (("shown", lift), ("not shown", evaluate.alpha_lift(after, after)), (None, {})):
         annotate.write_json(tmp_path / "evaluation/judges.json", {"reasoning-rl": {"alpha": 100.0, **more}})
@@ -484,8 +497,9 @@ def test_the_judges_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert scores["direct-sft"]["alpha"] == 100 and scores["direct-sft"]["invalid"] == 25
     assert scores["direct-pairwise-sft"]["accuracy"] == 75 and scores["base-pairwise"]["n"] == 4
     # what GRPO did to a judge: of the same outputs, too few here for an interval
-    assert scores["reasoning-rl"]["alpha_lift"] == 0 and "alpha_lift" not in scores["direct-sft"]
-    assert scores["reasoning-rl"]["alpha_lift_interval"] is None and "alpha_lift" in result.output
+    assert scores["reasoning-rl"]["alpha_lift"] is None and "alpha_lift" not in scores["direct-sft"]
+    assert scores["reasoning-rl"]["alpha_unusable"] == 1 and "alpha_lift" in result.output
+    assert "alpha_lift" not in scores["base"], "the untrained base began nowhere"
     assert (
         result.output.index("alpha") < result.output.index("reasoning-rl") < result.output.index("accuracy")
     )
