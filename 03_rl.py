@@ -481,13 +481,13 @@ def rows_that_fit(options: Options, task: Task, folder: Path) -> list[Row]:
     For 117,000 instructions that is minutes, which neither every rank nor every resume should spend.
     """
     path = folder / "fitting.json"
-    about = {"model": options["model"], "max_prompt": options["max_prompt"], "rows": len(task.rows)}
+    about: Row = {"model": options["model"], "max_prompt": options["max_prompt"], "rows": len(task.rows)}
     kept: Row = annotate.read_json(path, ["ids"]) if path.exists() else {}
     if {**kept, **about} != kept:
         fitting = [row["id"] for row in task.rows if len(task.prompt(row)) <= options["max_prompt"]]
         kept = {**about, "ids": fitting}
         annotate.write_json(path, kept)
-    ids: set[str] = {*kept["ids"]}
+    ids = set(kept["ids"])
     return [row for row in task.rows if row["id"] in ids]
 
 
