@@ -485,9 +485,8 @@ def rows_that_fit(options: Options, task: Task, folder: Path) -> list[Row]:
     kept: Row = annotate.read_json(path, ["ids"]) if path.exists() else {}
     if {**kept, **about} != kept:
         fitting = [row["id"] for row in task.rows if len(task.prompt(row)) <= options["max_prompt"]]
-        kept = {**about, "ids": fitting}
-        annotate.write_json(path, kept)
-    ids = set(kept["ids"])
+        annotate.write_json(path, {**about, "ids": fitting})
+    ids = set(annotate.read_json(path, ["ids"])["ids"])
     return [row for row in task.rows if row["id"] in ids]
 
 
