@@ -130,11 +130,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # with the default of 5, a busy machine loses some of 64 connections made at once
+
+
 @contextmanager
 def stub(bodies: list[Any] | None = None) -> Iterator[str]:
     """The base URL of a running stub; `bodies` receives the chat requests."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.lock, server.asked = True, threading.Lock(), Counter()
+    server: Any = Server(("127.0.0.1", 0), Handler)
+    server.lock, server.asked = threading.Lock(), Counter()
     server.bodies = [] if bodies is None else bodies
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -441,7 +441,7 @@ def test_a_request_without_an_answer_is_a_bad_record(tmp_path: Path, mode: str, 
 
     If it is wrong with all of them, the command ends with the first reason and keeps nothing.
     """
-    monkeypatch.setattr(annotate, "PATIENCE", 2)
+    monkeypatch.setattr(annotate, "PATIENCE", 4 if mode == "minute" else 60)
     bodies: list[Any] = []
     with stub(bodies) as url:
         every = chat_gold(tmp_path, f"{url}/0/{mode}")

@@ -6,7 +6,7 @@ import random
 import re
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from conftest import SHARED, annotate
 from hypothesis import given
 from hypothesis import strategies as st
+from stub import Server
 from typer.testing import CliRunner
 
 evaluate = import_module("04_evaluate")
@@ -271,7 +272,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def judge() -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server: Any = Server(("127.0.0.1", 0), Stub)
     server.calls, server.reply = [], fond_of_ours
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
-from http.server import ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -236,7 +235,7 @@ class Scripted(stub.Handler):
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    server = stub.Server(("127.0.0.1", 0), Scripted)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     REQUESTS.clear()
     yield f"http://127.0.0.1:{server.server_port}/0/ok/v1"
