@@ -132,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 256  # with the default of 5, a busy machine loses some of 64 connections made at once
+    request_queue_size = 256  # with 5, the default, a busy machine loses some of 64 connections at once
 
 
 @contextmanager
