@@ -1287,9 +1287,11 @@ def serve(
     gpus_each = gpus_each if on_gpu else 1
     if len(devices) % gpus_each:
         fail(f"GPUs {gpus}: {model} takes {gpus_each} a replica, so give a multiple of that.")
-    # setpriv ends the server with us, even by kill -9. Processed log-probabilities are those of the
-    # distribution sampled from; a generation config of the model's would add top-k and top-p of its own.
-    command = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    # setpriv ends the server with us, even by kill -9; on a CPU at once, for its engine ends with it, and
+    # after a TERM would finish its work first. Processed log-probabilities are those of the distribution
+    # sampled from; a generation config of the model's would add top-k and top-p of its own.
+    last_signal = "TERM" if on_gpu else "KILL"
+    command = ["setpriv", "--pdeathsig", last_signal] if shutil.which("setpriv") else []
     command += [sys.executable, *(["-m", VLLM] if on_gpu else [__file__, "vllm"]), "--model", model]
     command += f"--max-model-len {max_len} --load-format safetensors --host 127.0.0.1".split()
     command += f"--logprobs-mode processed_logprobs --generation-config vllm --dtype {precision()}".split()
