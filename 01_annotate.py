@@ -1310,6 +1310,7 @@ def serve(
         command += "--distributed-executor-backend uni --enforce-eager --block-size 32".split()
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's kernels would take 20 s at each start
     command += shlex.split(f"{flags} {os.environ.get('VLLM_ARGS', '')}")
     logs.mkdir(parents=True, exist_ok=True)
     # A path of a socket holds 103 bytes, and vLLM's names of sockets take 37.
