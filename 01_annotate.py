@@ -607,15 +607,25 @@ PRESETS = {  # where they differ from the laptop's values in the signature
     | {"gold_gpus_each": 2},  # its 65 GB of weights leave an 80 GB card hardly any cache (vllm#23278)
 }
 Effort = StrEnum("Effort", ["none", "low", "medium", "high"])
+PresetName = StrEnum("PresetName", ["laptop", "gpu", "node"])
+
+
+def apply_preset(ctx: typer.Context, preset: str) -> str:
+    """Let `preset` change the defaults of the other options. Typer settles it before them (`is_eager`)."""
+    ctx.default_map = PRESETS.get(preset, {})
+    return preset
+
+
+ABOUT_PRESET = "laptop: CPU, minutes. gpu: any from 24 GB. node: 8 of 80 GB. The run remembers it."
+Preset = Annotated[PresetName, Option(is_eager=True, callback=apply_preset, help=ABOUT_PRESET)]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=(__doc__ or "").split("\n\n")[0])
 def main(
-    ctx: typer.Context,
-    run: Run,
-    preset: Preset = None,
+    run: Annotated[Path, Option(parser=user_path, help="The run's folder, e.g. runs/demo.")],
+    preset: Preset = PresetName.laptop,
     gold: Annotated[str, Option(help="'oracle' or a chat model. Paper: gpt-oss-120b.")] = "oracle",
     gold_url: Annotated[str, Option(help="Where --gold is served already (…/v1; key in GOLD_API_KEY).")] = "",
     gold_tokens: Annotated[int, Option(min=1, help="New tokens of a gold judgement. Paper: 8192.")] = 1024,
@@ -638,9 +648,9 @@ def main(
     rubrics: Annotated[bool, Option("--rubrics", help="Also let gold write rubrics; also later.")] = False,
     pairs: Annotated[bool, Option("--pairs", help="Also let gold compare outputs; also later.")] = False,
 ) -> None:
-    # What config.json remembers, and every later command of this run must repeat.
-    also_later = ("run", "efforts", "rubrics", "pairs")
-    options = {name: value for name, value in ctx.params.items() if name not in also_later}
+    options = dict(locals())  # all options by name, while nothing else has a value
+    for name in ("run", "efforts", "rubrics", "pairs"):  # the last three may be given later, too
+        del options[name]
     also = [effort for effort in efforts.split(",") if effort]
     if not set(also) <= {"low", "medium", "high"}:
         fail(f"--efforts {efforts}: must be a list of low, medium and high.")
@@ -854,8 +864,8 @@ def record_config(folder: Path, options: Options) -> None:
         return write_json(path, {"options": now, "versions": {name: versions.get(name) for name in names}})
     record = read_json(path, ["options"])
     then = record["options"]
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    changed = [f"{key} = {then.get(key)!r}" for key in changed if key not in MAY_CHANGE_ON_RESUME]
+    changed = [key for key in now if then.get(key) != now[key] and key not in MAY_CHANGE_ON_RESUME]
+    changed = [f"{key} = {then.get(key)!r}" for key in changed]
     if changed:
         fail(f"{path}: begun with {', '.join(changed)}. Use these, another --run, or delete {folder}.")
     write_json(path, {**record, "options": now})
@@ -883,7 +893,7 @@ def new_figure(width: float, height: float) -> Any:
 
 # --- Options --------------------------------------------------------------------------------------
 # A signature holds the laptop's values, a table what another preset changes; the command line goes before
-# both. The run remembers the preset that 01 began it with.
+# both. 01 is told the preset, and the run remembers it for the later stages.
 
 
 def user_path(text: str) -> Path:
@@ -891,42 +901,24 @@ def user_path(text: str) -> Path:
     return Path(text or fail("an empty path: is a variable of the command line not set?")).expanduser()
 
 
-PresetName = StrEnum("PresetName", ["laptop", "gpu", "node"])
+def run_option(table: dict[str, Options]) -> Any:
+    """The option --run of a later command: `Run = Annotated[Path, run_option(PRESETS)]`.
 
+    Typer settles it before the other options, and the preset of the run changes their defaults to those in
+    `table`. In `03_rl.py policy --run runs/x --steps 5`, where 01 began runs/x with `--preset gpu`, --steps
+    is 5; every other option has its value in table["gpu"], or if that has none, its default in the signature.
+    """
 
-def run_and_preset(table: dict[str, Options]) -> tuple[Any, Any, Any]:
-    """The types of --run, --preset and an optional --run of a command whose presets are in `table`."""
-
-    def apply(ctx: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
-        """Let the run's preset change the defaults of the command's other options.
-
-        Typer calls this for --run and for --preset, before it settles the other options (`is_eager`). In
-        `--run runs/x --steps 5`, where 01 began runs/x with `--preset gpu`, --steps is 5; every other option
-        has its value in table["gpu"], or if that has none, its default in the signature.
-        """
-        known = {**ctx.params, str(param.name): value}
-        wants_preset = any(p.name == "preset" for p in ctx.command.params)
-        if known.get("run") is None or (wants_preset and "preset" not in known):
-            return value  # the other of both is still to come
-        began, given = Path(known["run"]) / "annotations" / "config.json", known.get("preset")
-        first = read_options(began.parent)["preset"] if began.exists() else given
-        if not first:
-            require(began, f"01_annotate.py --preset laptop --run {known['run']}")
-        if given not in (None, first):
-            fail(f"{began}: begun with --preset {first}, not {given}. Leave it out, or use another --run.")
-        ctx.default_map = table.get(first, {})
-        if wants_preset:
-            ctx.params["preset"] = first
-        return first if param.name == "preset" else value
+    def apply(ctx: typer.Context, run: Path | None) -> Path | None:
+        if run is not None:  # `05 battery` may do without a run
+            require(run / "annotations/config.json", f"01_annotate.py --preset laptop --run {run}")
+            ctx.default_map = table.get(read_options(run / "annotations")["preset"], {})
+        return run
 
     about = "The run's folder, e.g. runs/demo."
-    run = Option("--run", parser=user_path, is_eager=True, callback=apply, help=about)
-    about = "laptop: CPU, minutes. gpu: any from 24 GB. node: 8 of 80 GB. Default: the run's."
-    preset = Option(is_eager=True, callback=apply, help=about)
-    return Annotated[Path, run], Annotated[PresetName | None, preset], Annotated[Path | None, run]
+    return Option("--run", parser=user_path, is_eager=True, callback=apply, help=about)
 
 
-Run, Preset, _ = run_and_preset(PRESETS)
 Threads = Annotated[int, Option(min=1, max=10_000, help="Requests in flight at once.")]
 Seed = Annotated[int, Option(min=0, help="Seed of data and order; servers draw without.")]
 Gpus = Annotated[str, Option(help="GPUs, counted among the visible ones, e.g. 0,1 (on a CPU: how many).")]
