@@ -165,7 +165,7 @@ def test_only_where_all_is_refused_nothing_is_kept(tmp_path: Path, capsys: Any) 
 
 def test_where_the_server_failed_it_is_asked_again(tmp_path: Path) -> None:
     path, tasks = tmp_path / "x.jsonl", {str(i): i for i in range(4)}
-    causes = {1: "refused (503): busy", 2: "refused (400): no"}
+    causes = {1: "no answer: Error code: 503", 2: "refused (400): no"}
     annotate.map_to_jsonl(path, tasks, lambda i: {"cause": causes.get(i)}, "test", 2)
     records = annotate.map_to_jsonl(path, tasks, lambda i: {"cause": f"again {i}"}, "test", 2)
     assert [record["cause"] for record in records] == [None, "again 1", causes[2], None]
