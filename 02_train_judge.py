@@ -16,8 +16,8 @@ Simpler than the paper, and why:
  2. No padding and no data loader: the examples of a batch are packed behind their common prefix (the judge's
     rules), which is computed once. `pack` is the one idea of this file.
 
-    python 02_train_judge.py --preset laptop --run runs/demo --no-reasoning
-    python 02_train_judge.py --preset laptop --run runs/demo --reasoning
+    python 02_train_judge.py --run runs/demo --no-reasoning
+    python 02_train_judge.py --run runs/demo --reasoning
 """
 
 from __future__ import annotations
@@ -752,7 +752,7 @@ def check_name(value: str) -> str:
     return value
 
 
-Run, Preset, _ = annotate.run_and_preset(PRESETS)
+Run = Annotated[Path, annotate.run_option(PRESETS)]
 LoraRank = Annotated[int, Option(callback=check_rank, help="Rank of the adapter. Paper: full fine-tuning.")]
 TokensPerPass = Annotated[int, Option(min=1, help="Tokens of one forward pass: a matter of memory only.")]
 Checkpointing = Annotated[bool, Option(help="Keep no activations, for a third more compute.")]
@@ -762,10 +762,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command(help=(__doc__ or "").split("\n\n")[0])
 def main(
-    ctx: typer.Context,
     run: Run,
     reasoning: Annotated[bool, Option("--reasoning/--no-reasoning", help="Learn gold's reasoning too.")],
-    preset: Preset = None,
     effort: Annotated[str, Option(help="Of the reasoning to learn, e.g. low (01 --efforts).")] = "",
     pairwise: Annotated[bool, Option("--pairwise", help="Learn which of two is better.")] = False,
     rubrics: Annotated[bool, Option("--rubrics", help="Show the judge gold's rubrics.")] = False,
@@ -787,12 +785,13 @@ def main(
         str, Option(callback=check_name, help="RUN/judges/NAME-sft. Default: direct or reasoning, variant.")
     ] = "",
 ) -> None:
-    options = {key: value for key, value in ctx.params.items() if key not in ("run", "name")}
-    options["lora_modules"] = modules_of(options["preset"])
+    options = dict(locals())  # all options by name, while nothing else has a value
+    del options["run"], options["name"]
+    gold = annotate.read_options(run / "annotations")
+    options["lora_modules"] = modules_of(gold["preset"])
     if effort and (pairwise or not reasoning):
         fail("--effort is about the reasoning of pointwise judges; leave it out.")
-    own = annotate.read_options(run / "annotations")["gold_effort"]
-    if effort == own or (effort == "high" and own == "none"):
+    if effort == gold["gold_effort"] or (effort == "high" and gold["gold_effort"] == "none"):
         options["effort"] = ""  # that of labels.jsonl itself
     if pairwise:  # two outputs to read and to reason about
         options |= {"max_thinking": 2 * max_thinking, "max_prompt": 2 * max_prompt}

@@ -26,9 +26,9 @@ Simpler than the paper, and why:
  3. A policy's rollout cut off at its length limit is judged and trained on like any other.
  4. No DDP: each rank works on its share of a step's prompts; one sum over the gradients joins them.
 
-    python 03_rl.py judge  --preset laptop --run runs/demo --judge reasoning
-    python 03_rl.py policy --preset laptop --run runs/demo --judge direct
-    python 03_rl.py policy --preset laptop --run runs/demo --judge reasoning
+    python 03_rl.py judge  --run runs/demo --judge reasoning
+    python 03_rl.py policy --run runs/demo --judge direct
+    python 03_rl.py policy --run runs/demo --judge reasoning
     python 03_rl.py policy --run runs/x --judge reasoning --policy-gpus 0,1 --judge-gpus 2,3 --train-gpus 4,5
 
 From stage 2: `pack`, `answer_logprobs`, `optimizer_step`, the saved state, `on_ranks`, and `ask_judge`.
@@ -410,7 +410,7 @@ def judge_task(options: Options, run: Path) -> Task:
         notes_G = [{"label": x, "gold": row["label"], "cause": causes[x is None]} for x in read_G]
         return [reward(label, row["label"]) for label in read_G], notes_G
 
-    start = run / options["start"] if options["start"] else None
+    start = run / options["start_adapter"] if options["start_adapter"] else None
     return Task(sft.labelled(run, "judge_train", pairwise=pairwise), prompt, rewards, start)
 
 
@@ -595,8 +595,8 @@ POLICY_PRESETS = {
     | {"model": "meta-llama/Llama-3.1-8B-Instruct", "lora_rank": 64}
     | {"policy_gpus": "0,1", "judge_gpus": "2,3,4,5", "train_gpus": "6,7"},
 }
-Run, JudgePreset, _ = annotate.run_and_preset(JUDGE_PRESETS)
-PolicyRun, PolicyPreset, _ = annotate.run_and_preset(POLICY_PRESETS)
+JudgeRun = Annotated[Path, annotate.run_option(JUDGE_PRESETS)]
+PolicyRun = Annotated[Path, annotate.run_option(POLICY_PRESETS)]
 Start = StrEnum("Start", ["sft", "base"])
 Old = StrEnum("Old", ["sampler", "trainer"])
 
@@ -620,9 +620,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__
 
 @app.command("judge")
 def train_judge(
-    ctx: typer.Context,
-    run: Run,
-    preset: JudgePreset = None,
+    run: JudgeRun,
     judge: Annotated[str, Option(help="To go on with: reasoning, direct, a --name of 02.")] = "reasoning",
     start: Annotated[Start, Option("--from", help="sft, or base: RL only (paper, section 4.1).")] = Start.sft,
     name: Name = "",
@@ -647,14 +645,15 @@ def train_judge(
     seed: annotate.Seed = 0,
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
-    options = {key: value for key, value in ctx.params.items() if key != "run"}
+    options = dict(locals())  # all options by name, while nothing else has a value
+    del options["run"]
     judge = judge.removesuffix("-sft")
     folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
     source, record = sft.find_judge(run, f"{judge}-sft")
     adapter = f"judges/{source.name}/{record['adapter']}" if start == "sft" else ""  # wherever the run lies
     options["max_tokens"] = record["max_thinking"]
     options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
-    options |= {"task": "judge", "judge_record": record, "start": adapter}
+    options |= {"task": "judge", "judge_record": record, "start_adapter": adapter}
     options |= {"beta": 0.0, "policy_gpus": judge_gpus}
     room = options["max_prompt"] + options["max_tokens"]
     sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")
@@ -667,10 +666,8 @@ def train_judge(
 
 @app.command("policy")
 def train_policy(
-    ctx: typer.Context,
     run: PolicyRun,
     judge: Annotated[str, Option(help="direct, reasoning, another folder of RUN/judges, gold, truth.")],
-    preset: PolicyPreset = None,
     name: Name = "",
     model: Annotated[str, Option(help="Base model. Paper: Llama-3.1-8B, two more.")] = annotate.LAPTOP_MODEL,
     lora_rank: sft.LoraRank = 16,
@@ -700,10 +697,11 @@ def train_policy(
     seed: annotate.Seed = 0,
 ) -> None:
     """Train a policy against a judge (its expected score), or, as a control, straight on gold or truth."""
-    options = {key: value for key, value in ctx.params.items() if key != "run"}
+    options = dict(locals())  # all options by name, while nothing else has a value
+    del options["run"]
     folder = run / "policies" / (name or judge)
-    options |= {"task": "policy", "judge_record": None, "lora_modules": sft.modules_of(options["preset"])}
     adapter, gold = None, annotate.read_options(run / "annotations")
+    options |= {"task": "policy", "judge_record": None, "lora_modules": sft.modules_of(gold["preset"])}
     if judge not in (GOLD, TRUTH):
         source, options["judge_record"] = sft.find_judge(run, judge)
         options["judge"], adapter = source.name, source / options["judge_record"]["adapter"]

@@ -53,7 +53,7 @@ GOLD, PAIRWISE_GOLD, TRUTH, CONTENT = "gold", "gold-pairwise", "truth", "content
 UNFOOLED = {TRUTH: annotate.truth, CONTENT: annotate.content}  # the laptop's, which know gold's weakness
 BASE = "base"  # the untrained base model: as a judge, as a policy
 SERVING = {"gpu": {"threads": 256}, "node": {"threads": 1024, "gpus": "0,1,2,3,4,5,6,7"}}
-Run, *_ = annotate.run_and_preset(SERVING)
+Run = Annotated[Path, annotate.run_option(SERVING)]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
 
 # --- What a run holds, and the server that is up ----------------------------------------------------

@@ -232,7 +232,8 @@ def judge_all(run: Path, folder: Path, columns: Columns, pairs: list[Row], gpus:
     return frame.assign(lift=frame.score - frame.reference)
 
 
-Run, _, OptionalRun = annotate.run_and_preset(evaluate.SERVING)
+RUN = annotate.run_option(evaluate.SERVING)
+Run, OptionalRun = Annotated[Path, RUN], Annotated[Path | None, RUN]
 Attack = StrEnum("Attack", {name: name for name in ATTACKS})
 Prompt = StrEnum("Prompt", {name: name for name in PROMPTS})
 Style = StrEnum("Style", {name: name for name in (*PROMPTS, PAIRWISE, ARENA)})

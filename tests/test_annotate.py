@@ -332,7 +332,8 @@ def test_one_bad_record_is_not_a_bad_server(tmp_path: Path, mode: str) -> None:
         bad = r["instruction"] == "Question 3?"
         assert (r["label"] is None) == bad and ("content filter" in str(r["cause"])) == bad
     counts = json.loads((tmp_path / "run/annotations/labels.json").read_text())
-    assert counts["label"]["None"] == 2 == sum(n for key, n in counts["cause"].items() if "refused" in key)
+    assert counts["label"]["None"] == 2
+    assert sum(n for key, n in counts["cause"].items() if "content filter" in key) == 2
 
 
 def test_labels_that_failed_are_asked_for_before_what_is_made_of_them(tmp_path: Path) -> None:
@@ -470,14 +471,13 @@ def test_an_answer_in_parts() -> None:
     assert verdict == told
 
 
-def test_a_server_that_is_lost_ends_the_command_in_one_line(monkeypatch: Any) -> None:
+def test_a_server_that_is_lost_ends_the_command_in_one_line() -> None:
     """Fault F1: its address, the log where it is ours, what to do; an HTML page does not fill the screen."""
-    with stub() as url:
-        monkeypatch.setenv(f"LOG_OF_PORT_{url.rpartition(':')[2]}", "run/logs/vllm.log")
-        with pytest.raises(openai.NotFoundError) as end:
-            annotate.Endpoint(f"{url}/0/gone/v1", "secret", "gold", 0).sample([1])
+    with stub() as url, pytest.raises(openai.NotFoundError) as end:
+        annotate.Endpoint(f"{url}/0/gone/v1", "secret", "gold", 0).sample([1])
     line = annotate.server_error(end.value)
-    assert line.startswith(f"{url}/0/gone/v1/completions (log: run/logs/vllm.log): ") and "\n" not in line
+    logs = f"logs/vllm-*-{url.rpartition(':')[2]}.log"
+    assert line.startswith(f"{url}/0/gone/v1/completions (if it is ours: {logs}): ") and "\n" not in line
     assert "content filter" in line and line.endswith("run the same command again.")
     page = type(end.value)("<html>\n" * 999, response=end.value.response, body=None)
     assert len(annotate.server_error(page)) < 800 and "\n" not in annotate.server_error(page)

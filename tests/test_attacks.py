@@ -474,7 +474,7 @@ def test_does_a_hardened_prompt_help_a_chat_gold(run: Path, url: str, monkeypatc
     """The paper's question: what fools gold as it is asked, does it fool it when it has been warned?"""
     monkeypatch.setenv("GOLD_API_KEY", "secret")
     gold = {"preset": "laptop", "gold": "chat", "gold_url": url, "gold_effort": "none"}
-    gold |= {"gold_tokens": 9, "max_chars": 99, "gpus": "0"}
+    gold |= {"gold_tokens": 9, "max_chars": 99, "gpus": "0", "gold_flags": "", "gold_gpus_each": 1}
     annotate.write_json(run / "annotations/config.json", {"options": gold})
     stage_5(f"transfer --run {run} --style system-rule")
     row = json.loads((run / "attacks/transfer.json").read_text())["p"]

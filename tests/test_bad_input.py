@@ -56,11 +56,12 @@ DIRECT = "02 --run {run} --no-reasoning --name other"
 JUDGED = "03 judge --run {run} --judge direct"
 PLEASE = "03 policy --run {run} --judge direct --name other"
 OTHER_GOLD = {"annotations/config.json": {"options": {**GOLD, "gold": "m"}}}
+ORACLE = f"--gold oracle --data template --policy-model {MODEL}"
+BEGUN = {"annotations/config.json": {"options": GOLD}}
 OTHER_BASE = {f"{EPOCH}/adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen3-4B", "r": 16}}
 CASES: list[tuple[str, dict[str, Any], str]] = [
     # (command, files that are other than in FILES, words of the error; "key" is the key for the server)
     # a missing stage, or part of one
-    ("01 --run {run}/new", {}, "01_annotate.py --preset"),
     ("02 --run {run}/new --reasoning", {}, "01_annotate.py --preset"),
     (DIRECT, {"annotations/labels.json": None}, "labels.json is missing|01_annotate.py --run"),
     (DIRECT.replace("no-", "") + " --effort low", {}, "labels-low.json is missing|--efforts low"),
@@ -104,7 +105,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     # changed options on resume
     (DIRECT, {"judges/other-sft/config.json": {"options": {"batch": 9}}, "judges/other-sft/x": {}}, "= 9"),
     (PLEASE, {"policies/other/config.json": {"options": {"steps": 2}}, "policies/other/x": {}}, "steps = 2"),
-    (DIRECT + " --preset node", {}, "--preset laptop"),
+    (f"01 --preset node {ORACLE} --run {{run}}", BEGUN, "preset = 'laptop'"),
     # F21: a name is one folder's; F24: a variable of the shell that is not set
     (DIRECT.replace("other", "a/b"), {}, "--name|letters"),
     (DIRECT.replace("other", ".."), {}, "--name"),

@@ -23,11 +23,11 @@ NAME = "reasoning-low-rubrics"
 GAP = 0.05 if torch.cuda.is_available() else 1e-3  # bfloat16 on a GPU, float32 on a CPU
 COMMANDS = [
     f"01_annotate.py --preset laptop --run {RUN} {SIZES} --pairs --efforts low,high --rubrics",
-    f"02_train_judge.py --preset laptop --run {RUN} --no-reasoning --epochs 2 --batch 12",
+    f"02_train_judge.py --run {RUN} --no-reasoning --epochs 2 --batch 12",
     f"02_train_judge.py --run {RUN} --reasoning --effort low --rubrics --epochs 1 --max-thinking 48",
     f"02_train_judge.py --run {RUN} --no-reasoning --pairwise --epochs 1 --batch 6",
     f"03_rl.py judge --run {RUN} --judge {NAME} {ONE}",
-    f"03_rl.py policy --preset laptop --run {RUN} --judge direct {RL}",
+    f"03_rl.py policy --run {RUN} --judge direct {RL}",
     f"03_rl.py policy --run {RUN} --judge {NAME} --beta 0.01 {ONE} --max-tokens 16",
     f"03_rl.py policy --run {RUN} --judge direct-pairwise --opponents 2 {ONE} --max-tokens 16",
     f"04_evaluate.py judges --run {RUN}",
@@ -96,8 +96,9 @@ def test_a_second_time_there_is_nothing_to_do(finished: list[Any], monkeypatch: 
         words = [*words, "--seed", "5"]
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 1 and "seed = 0" in result.stderr
-    result = CliRunner().invoke(rl.app, f"policy --preset gpu --run {RUN} --judge direct".split())
-    assert result.exit_code == 1 and "--preset laptop" in result.stderr
+    other = f"--preset gpu --gold oracle --data template --policy-model {annotate.LAPTOP_MODEL} --run {RUN}"
+    result = CliRunner().invoke(annotate.app, other.split())
+    assert result.exit_code == 1 and "preset = 'laptop'" in result.stderr
     assert snapshot() == before
 
 

@@ -12,7 +12,7 @@ import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -165,7 +165,7 @@ def test_only_where_all_is_refused_nothing_is_kept(tmp_path: Path, capsys: Any) 
 
 def test_where_the_server_failed_it_is_asked_again(tmp_path: Path) -> None:
     path, tasks = tmp_path / "x.jsonl", {str(i): i for i in range(4)}
-    causes = {1: "refused (503): busy", 2: "refused (400): no"}
+    causes = {1: "no answer: Error code: 503", 2: "refused (400): no"}
     annotate.map_to_jsonl(path, tasks, lambda i: {"cause": causes.get(i)}, "test", 2)
     records = annotate.map_to_jsonl(path, tasks, lambda i: {"cause": f"again {i}"}, "test", 2)
     assert [record["cause"] for record in records] == [None, "again 1", causes[2], None]
@@ -210,31 +210,44 @@ def test_a_folder_has_one_user_and_one_set_of_options(tmp_path: Path, capsys: An
 
 def test_presets(tmp_path: Path, monkeypatch: Any) -> None:
     """The command line goes before the preset, the preset before the laptop's values; a run remembers it."""
-    run, preset, _ = annotate.run_and_preset({"gpu": {"steps": 20, "gpus": "1"}, "node": {"steps": 30}})
+    option = annotate.run_option({"gpu": {"steps": 20, "gpus": "1"}, "node": {"steps": 30}})
     app = typer.Typer(pretty_exceptions_enable=False)
 
-    def main(ctx: typer.Context, run, preset=None, steps: int = 10, gpus: str = "0") -> None:  # noqa: ANN001
-        print(ctx.params["preset"], steps, gpus)
+    def main(run, steps: int = 10, gpus: str = "0") -> None:  # noqa: ANN001
+        print(steps, gpus)
 
-    main.__annotations__ |= {"run": run, "preset": preset}
+    main.__annotations__["run"] = Annotated[Path | None, option]
+    main.__defaults__ = (None, 10, "0")
     app.command()(main)
 
     def said(line: str) -> str:
         return CliRunner().invoke(app, f"{line} --run {tmp_path}".split()).output
 
-    assert said("--preset laptop") == "laptop 10 0\n" and said("--preset gpu --steps 5") == "gpu 5 1\n"
-    assert "01_annotate.py" in said("")
-    annotate.write_json(tmp_path / "annotations" / "config.json", {"options": {"preset": "node"}})
+    assert "01_annotate.py --preset laptop" in said("") and CliRunner().invoke(app, []).output == "10 0\n"
+    for preset, found in {"laptop": "10 0", "gpu": "20 1", "node": "30 0"}.items():
+        annotate.write_json(tmp_path / "annotations/config.json", {"options": {"preset": preset}})
+        assert said("") == f"{found}\n" and said("--steps 5") == f"5 {found[-1]}\n"
     for name, values in evaluate.SERVING.items():  # stages 4 and 5 ask as many at once as stage 1
         assert values == {key: annotate.PRESETS[name][key] for key in values}
-    assert said("--gpus 3") == "node 30 3\n" and said("--preset node") == "node 30 0\n"
-    assert "--preset node" in said("--preset gpu")
-    monkeypatch.setenv("HOME", str(tmp_path))  # F24: bash does not expand --run=~/x
-    begun = tmp_path / "annotations" / "config.json"
-    annotate.write_json(tmp_path / "x" / "annotations" / "config.json", annotate.read_json(begun))
-    assert CliRunner().invoke(app, ["--run=~/x"]).output == "node 30 0\n"
-    result = CliRunner().invoke(app, ["--run", "", "--preset", "laptop"])
+    monkeypatch.setenv("HOME", str(tmp_path.parent))  # F24: bash does not expand --run=~/x
+    assert CliRunner().invoke(app, [f"--run=~/{tmp_path.name}"]).output == "30 0\n"
+    result = CliRunner().invoke(app, ["--run", ""])
     assert result.exit_code and "an empty path" in result.output
+
+
+def test_the_preset_of_stage_1(tmp_path: Path, monkeypatch: Any) -> None:
+    """It stands beside the options in which it differs from the laptop's values, in any order."""
+    monkeypatch.setattr(annotate, "load_tokenizer", str)
+    monkeypatch.setattr(annotate, "policy_prompt", lambda *_: None)
+    recorded: list[Any] = []
+    monkeypatch.setattr(annotate, "record_config", lambda folder, options: recorded.append(options) or 1 / 0)
+    for line in ("--seed 3 --preset gpu --threads 7", "--threads 7 --preset gpu --seed 3"):
+        CliRunner().invoke(annotate.app, f"{line} --run {tmp_path} --pairs".split())
+    CliRunner().invoke(annotate.app, f"--run {tmp_path}".split())
+    gpu, same, laptop = recorded
+    assert gpu == same and not {"run", "efforts", "rubrics", "pairs"} & gpu.keys()
+    assert {**gpu, **annotate.PRESETS["gpu"]} == {**gpu, "threads": 256} and gpu["preset"] == "gpu"
+    assert (gpu["seed"], gpu["threads"], laptop["threads"], laptop["preset"]) == (3, 7, 64, "laptop")
 
 
 def test_one_server_plays_judge_and_policy_of_the_gpu_preset() -> None:

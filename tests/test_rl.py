@@ -370,11 +370,11 @@ def test_where_rl_begins(tmp_path: Path, monkeypatch: Any) -> None:
     options, _, folder, *_, adapter = asked_for("policy --judge mine")
     assert adapter.name == "epoch-1" and (options["judge"], folder.name) == ("mine-sft", "mine")
     options, _, folder, *_ = asked_for("judge --judge mine")
-    assert options["start"] == "judges/mine-sft/epoch-1" and folder.name == "mine-rl"
+    assert options["start_adapter"] == "judges/mine-sft/epoch-1" and folder.name == "mine-rl"
     assert (options["model"], options["max_tokens"], options["beta"]) == (model, 50, 0)
     assert "mine-rl" in asked_for("policy --judge mine --name two"), "begun and not finished: which is meant?"
     options, _, folder, record, *_ = asked_for("judge --judge mine --from base")
-    assert (options["start"], options["model"], record["effort"]) == ("", model, "low")
+    assert (options["start_adapter"], options["model"], record["effort"]) == ("", model, "low")
     assert folder.name == "mine-base-rl" and record["lora_rank"] == 8
     assert "typo-sft" in asked_for("judge --judge typo --from base")
     annotate.write_json(tmp_path / "annotations/config.json", {"options": {"preset": "gpu"}})
