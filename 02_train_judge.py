@@ -53,7 +53,7 @@ from typer import Option
 
 annotate = import_module("01_annotate")
 encode, fail = annotate.encode, annotate.fail
-Row, Options = dict[str, Any], dict[str, Any]
+Row, Options = annotate.Row, annotate.Options
 
 # --- What a judge is asked and how it answers -----------------------------------------------------
 # [thinking], `</think>`, an empty line, one digit. A judge without reasoning has an empty thinking, so both
@@ -90,14 +90,6 @@ def judge_answer(tokenizer: Any, label: int, thinking: str | None) -> list[int]:
         return ids
     safe = annotate.escape_special_tokens(thinking, tokenizer)
     return encode(tokenizer, safe + "\n") + thinking_end(tokenizer) + ids
-
-
-class Verdict(annotate.Verdict, total=False):
-    """What a trained judge says."""
-
-    probabilities: list[float] | None  # of each label
-    thinking: str
-    thinking_tokens: int
 
 
 @dataclass
@@ -137,7 +129,7 @@ def expected_score(probabilities: Sequence[float], labels: str) -> float:
 
 def ask_judge(
     judge: Judge, text: str, output: str, other: str | None = None, messages: Any = None
-) -> Verdict:
+) -> annotate.Verdict:
     """Let `judge` grade one output for the instruction `text`, or a pairwise one say which of two is better.
 
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their log-probabilities
@@ -145,8 +137,8 @@ def ask_judge(
     2 - expected. A prompt that is too long, thinking that does not close, or a request that fails make the
     judgement invalid: no label, no score, and a `cause`.
     """
-    verdict = Verdict(label=None, expected=None, probabilities=None, cause=None)
-    verdict |= Verdict(thinking="", thinking_tokens=0)
+    verdict = {"label": None, "expected": None, "probabilities": None, "cause": None}
+    verdict |= {"thinking": "", "thinking_tokens": 0}
     row = {"instruction": text, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
     if len(prompt) > judge.max_prompt:
@@ -196,10 +188,13 @@ def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "", p
 
     `effort`: another than that of labels.jsonl, and only examples that got the same label at both.
     """
-    name = "pairs" if pairwise else f"labels-{effort}" if effort else "labels"
+    name, option = "labels", ""
+    if pairwise:
+        name, option = "pairs", "--pairs"
+    elif effort:
+        name, option = f"labels-{effort}", f"--efforts {effort}"
     path = run / "annotations" / f"{name}.jsonl"
-    flag = " --pairs" if pairwise else f" --efforts {effort}" if effort else ""
-    annotate.require(path.with_suffix(".json"), f"01_annotate.py --run {run}{flag}")
+    annotate.require(path.with_suffix(".json"), f"01_annotate.py --run {run} {option}")
     rows = annotate.read_jsonl(path, ["id", "split", "instruction", "output", "label", "reasoning"])
     rows = [row for row in rows if row["split"] == split and row["label"] is not None]
     return [row for row in rows if row["reasoning"] or not reasoning]
@@ -207,10 +202,12 @@ def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "", p
 
 def training_rows(options: Options, run: Path) -> list[Row]:
     """The examples to train on, the same on every rank."""
-    rows = labelled(run, "judge_train", *(options[key] for key in ("reasoning", "effort", "pairwise")))
+    rows = labelled(run, "judge_train", options["reasoning"], options["effort"], options["pairwise"])
     if not rows or options["examples"] > len(rows):
         fail(f"{run}/annotations: {len(rows)} examples to train on, --examples {options['examples']}.")
-    return random.Random(options["seed"]).sample(rows, options["examples"]) if options["examples"] else rows
+    if options["examples"]:
+        rows = random.Random(options["seed"]).sample(rows, options["examples"])
+    return rows
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
@@ -219,12 +216,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> f
     return peak * min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
 
 
-def sft(options: Options, run: Path, folder: Path) -> None:
+def fine_tune(options: Options, run: Path, folder: Path) -> None:
     """Minimise the mean cross-entropy of the answer tokens, on every rank; one adapter an epoch. Resumes."""
     rows, tokenizer = training_rows(options, run), annotate.load_tokenizer(options["model"])
     rubrics = read_rubrics(run) if options["rubrics"] else None
     size, batches = options["batch"], math.ceil(len(rows) / options["batch"])
-    steps, (first, state), (rank, ranks) = options["epochs"] * batches, latest_state(folder), rank_and_size()
+    steps = options["epochs"] * batches
+    first, state = latest_state(folder)
+    rank, ranks = rank_and_size()
     model, optimizer = load_training(options, state)
     if rank == 0:
         print(f"{len(rows)} examples, {steps} steps, {first} of them done", flush=True)
@@ -236,32 +235,30 @@ def sft(options: Options, run: Path, folder: Path) -> None:
         return prompt, judge_answer(tokenizer, row["label"], thinking)
 
     for step in tqdm(range(first, steps), initial=first, total=steps, desc="fine-tuning", disable=rank > 0):
-        began, (epoch, place) = time.perf_counter(), divmod(step, batches)
+        began = time.perf_counter()
+        epoch, place = divmod(step, batches)
         order = random.Random(f"{options['seed']} {epoch}").sample(rows, len(rows))
         # Sorted, so that neighbours share as long a prefix as they can; a rank's share are neighbours.
         batch = sorted(order[place * size :][:size], key=lambda row: (row["instruction"], row["output"]))
         limits = options["max_prompt"], options["max_thinking"]
         fitting = [(p, a) for p, a in map(example, batch) if len(p) <= limits[0] and len(a) <= limits[1]]
-        tokens, used = sum(len(answer) for _, answer in fitting), len(fitting)
-        pairs = share_of_rank(fitting, rank, ranks)
-        if not used and step == first:
+        if not fitting and step == first:
             fail(f"{folder}: no example of step {step} fits --max-prompt and --max-thinking. Raise them.")
-        loss = 0.0
-        for packed in pack(pairs, options["tokens_per_pass"]):
+        tokens, loss = sum(len(answer) for _, answer in fitting), 0.0
+        for packed in pack(share_of_rank(fitting, rank, ranks), options["tokens_per_pass"]):
             part = -answer_logprobs(model, packed).sum() / tokens
             part.backward()
             loss += part.item()
         lr = learning_rate(step, steps, options["lr"])
         norm = optimizer_step(model, optimizer, lr)
         record = {"step": step, "epoch": epoch, "loss": over_ranks([loss])[0], "lr": lr, "grad_norm": norm}
-        record |= {"tokens": tokens, "left_out": len(batch) - used, "seconds": time.perf_counter() - began}
+        record |= {"tokens": tokens, "left_out": len(batch) - len(fitting)}
         if rank == 0:
-            annotate.append_jsonl(folder / "metrics.jsonl", record)
-            if place + 1 == batches:
-                share = share_left_out(folder, (epoch + 1) * len(rows))
-                tqdm.write(f"epoch {epoch + 1}: {share:.1%} of the examples were too long and left out")
+            seconds, epoch_ends = time.perf_counter() - began, place + 1 == batches
+            annotate.append_jsonl(folder / "metrics.jsonl", {**record, "seconds": seconds})
+            if epoch_ends:
                 save_adapter(model, folder / f"epoch-{epoch + 1}")
-            if place + 1 == batches or (step + 1) % SAVE_EVERY == 0:
+            if epoch_ends or (step + 1) % SAVE_EVERY == 0:
                 save_state(folder, step + 1, model, optimizer)
 
 
@@ -270,12 +267,6 @@ def share_of_rank(pairs: Sequence[Pair], rank: int, ranks: int) -> list[Pair]:
     sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
     middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes)]
     return [pair for pair, middle in zip(pairs, middles) if int(ranks * middle / sum(sizes)) == rank]
-
-
-def share_left_out(folder: Path, examples: int) -> float:
-    """The share of `examples` left out of training as too long: with reasoning, gold's careful cases."""
-    records = annotate.read_jsonl(folder / "metrics.jsonl", ["left_out"])
-    return sum(record["left_out"] for record in records) / examples
 
 
 # --- Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once ---
@@ -301,8 +292,10 @@ class Pack:
 def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
     """Pack `pairs`, in order, into forward passes of at most `budget` tokens (one pair may exceed it).
 
-    A pair joins the latest pack if tokens(pack with it) <= tokens(pack) + tokens(pair alone), tokens being
-    the length of `ids_S`: if the prefix that it shares is worth more than what the pack's prefix loses by it.
+    A pair joins the latest pack if together they cost no more tokens than apart. Say the pack has a prefix of
+    25 tokens and two branches of 2, which is 29, and the next pair alone has 27. If it shares the whole
+    prefix, 31 tokens are fewer than 29 + 27, and it joins. If it shares only 5, so would all three branches:
+    5 + 3 x 22 = 71 are more, and it begins a new pack.
     """
     current: Pack | None = None
     for index in range(len(pairs)):
@@ -450,30 +443,27 @@ def agreement(judgements: Sequence[Row], pairwise: bool = False) -> dict[str, fl
     """Agreement of judgements (records with gold, label, expected) with gold, in per cent; None: no measure.
 
     Invalid judgements are left out, and counted. Pairwise: how often the judge names gold's choice, also by
-    the place of that choice; a judge without position bias is as often right in both.
+    the place of that choice; a judge without position bias is as often right in both. A tie is half right.
     """
-    valid, n = [j for j in judgements if j["label"] is not None], max(1, len(judgements))
+    valid = [j for j in judgements if j["label"] is not None]
+    n = max(1, len(judgements))
 
-    def percent(hits: Sequence[float]) -> float | None:
-        return 100 * fmean(hits) if hits else None
-
-    def alpha(key: str) -> float | None:
-        value = krippendorff_alpha([(j["gold"], j[key]) for j in valid])
-        return None if value is None else 100 * value
-
-    def right(judgement: Row) -> float:
-        tie = judgement["expected"] == 1.5  # 0.5 : 0.5 is half right
-        return 0.5 if tie else float(judgement["label"] == judgement["gold"])
+    def percent(values: Sequence[float]) -> float | None:
+        return 100 * fmean(values) if values else None
 
     if pairwise:
-        scores = {
-            "accuracy_1": percent([right(j) for j in valid if j["gold"] == 1]),
-            "accuracy_2": percent([right(j) for j in valid if j["gold"] == 2]),
-            "accuracy": percent([right(j) for j in valid]),
-            "says_1": percent([j["label"] == 1 for j in valid]),
-        }
+        right: dict[int, list[float]] = {1: [], 2: []}  # by the place of gold's choice
+        for j in valid:
+            tie = j["expected"] == 1.5
+            right[j["gold"]].append(0.5 if tie else float(j["label"] == j["gold"]))
+        scores = {"accuracy_1": percent(right[1]), "accuracy_2": percent(right[2])}
+        scores["accuracy"] = percent(right[1] + right[2])
+        scores["says_1"] = percent([j["label"] == 1 for j in valid])
     else:
-        scores = {"alpha": alpha("label"), "alpha_expected": alpha("expected")}
+        scores = {}
+        for name, key in (("alpha", "label"), ("alpha_expected", "expected")):
+            alpha = krippendorff_alpha([(j["gold"], j[key]) for j in valid])
+            scores[name] = None if alpha is None else 100 * alpha
         scores["exact"] = percent([j["label"] == j["gold"] for j in valid])
     scores |= {"invalid": 100 * (1 - len(valid) / n), "n": len(judgements)}
     return {**scores, "thinking_tokens": sum(j["thinking_tokens"] for j in judgements) / n}
@@ -494,14 +484,13 @@ def selection_score(scores: dict[str, Any]) -> float:
     return fmean(values) - scores["invalid"] if values else -math.inf
 
 
-def judge_row(ask: Callable[..., Verdict], row: Row) -> Row:
+def judge_row(ask: Callable[..., annotate.Verdict], row: Row) -> annotate.Verdict:
     """The verdict of a judge on an annotated output (or pair)."""
     return ask(row["instruction"], row["output"], row.get("other"))
 
 
 # What a later stage must know of a judge, beside where its adapter is.
 DESCRIBES = ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "temperature", "max_prompt")
-VARIANTS = ("effort", "rubrics", "pairwise")
 
 
 def choose_epoch(options: Options, run: Path, folder: Path) -> None:
@@ -509,23 +498,26 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
     tasks = {row["id"]: row for row in labelled(run, "judge_validation", pairwise=options["pairwise"])}
     tokenizer, scores = annotate.load_tokenizer(options["model"]), {}
     with serve_adapters([options], run, options["gpus"]) as endpoint:
-        for name in (f"epoch-{epoch}" for epoch in range(1, options["epochs"] + 1)):
+        for epoch in range(1, options["epochs"] + 1):
+            name, path = f"epoch-{epoch}", folder / f"validation-{epoch}.jsonl"
             endpoint.load_adapter(name, folder / name)
-            ask = partial(ask_judge, open_judge(endpoint, tokenizer, name, options, run))
-            path, work = folder / f"validation-{name[6:]}.jsonl", partial(judge_row, ask)
-            records = annotate.map_to_jsonl(path, tasks, work, name, options["threads"])
+            ask = partial(ask_judge, served_judge(endpoint, tokenizer, name, options, run))
+            records = annotate.map_to_jsonl(path, tasks, partial(judge_row, ask), name, options["threads"])
             judged = [{**record, "gold": tasks[record["id"]]["label"]} for record in records]
             scores[name] = agreement(judged, options["pairwise"])
             print(f"{name}: {describe(scores[name])}", flush=True)
             endpoint.unload_adapter(name)
     best = max(scores, key=lambda name: selection_score(scores[name]))
-    record = {key: options[key] for key in (*DESCRIBES, *VARIANTS)}
+    record = {key: options[key] for key in (*DESCRIBES, "effort", "rubrics", "pairwise")}
+    steps = annotate.read_jsonl(folder / "metrics.jsonl", ["left_out"])
     examples = options["epochs"] * len(training_rows(options, run))
-    record["left_out"] = share_left_out(folder, examples)
+    record["left_out"] = sum(step["left_out"] for step in steps) / examples
+    # With reasoning, these are the cases that gold thought about longest.
+    print(f"{record['left_out']:.1%} of the examples were too long to train on, and left out")
     annotate.write_json(folder / "judge.json", {**record, "adapter": best, "validation": scores[best]})
 
 
-def open_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Row, run: Path) -> Judge:
+def served_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Row, run: Path) -> Judge:
     """The judge described by `record` (a judge.json, or the options it came from) behind `endpoint`."""
     settings = {key: record[key] for key in ("reasoning", "max_thinking", "max_prompt", "temperature")}
     settings["rubrics"] = read_rubrics(run) if record.get("rubrics") else None
@@ -546,7 +538,9 @@ def find_judge(run: Path, name: str) -> tuple[Path, Row]:
     """(folder, judge.json) of the judge `name`; 'reasoning' means reasoning-rl if begun, else -sft."""
     folder = run / "judges" / name
     if not folder.exists() and not name.endswith(("-sft", "-rl")):
-        folder = run / "judges" / f"{name}-{'rl' if (run / 'judges' / f'{name}-rl').exists() else 'sft'}"
+        folder = run / "judges" / f"{name}-rl"
+        if not folder.exists():
+            folder = run / "judges" / f"{name}-sft"
     stage = "03_rl.py judge" if folder.name.endswith("-rl") else "02_train_judge.py"
     annotate.require(folder / "judge.json", f"{stage} --run {run}, or ask for another judge")
     record = annotate.read_json(folder / "judge.json", ("adapter", *DESCRIBES))
@@ -575,26 +569,31 @@ def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
     A single rank runs in this process. Several end with it; what `work` and `arguments` are must pickle.
     """
     annotate.pick_gpus(gpus)
-    if "," in gpus:
-        address = f"tcp://127.0.0.1:{annotate.free_port()}"
-        try:
-            torch.multiprocessing.spawn(enter_rank, (gpus, address, work, arguments), gpus.count(",") + 1)
-        except torch.multiprocessing.ProcessExitedException as error:  # it has said why
-            raise SystemExit(error.exit_code) from None
-    else:
-        enter_rank(0, gpus, "", work, arguments)
+    devices = [int(gpu) for gpu in gpus.split(",")]
+    if len(devices) == 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(devices[0])
+        work(*arguments)
         torch.cuda.empty_cache()  # a server may want this memory next
+        return
+    address = f"tcp://127.0.0.1:{annotate.free_port()}"
+    try:
+        torch.multiprocessing.spawn(enter_rank, (devices, address, work, arguments), len(devices))
+    except torch.multiprocessing.ProcessExitedException as error:  # it has said why
+        raise SystemExit(error.exit_code) from None
 
 
-def enter_rank(rank: int, gpus: str, address: str, work: Callable[..., None], arguments: Any) -> None:
-    devices, on_gpu = [int(gpu) for gpu in gpus.split(",")], torch.cuda.is_available()
-    if on_gpu:
+def enter_rank(
+    rank: int, devices: list[int], address: str, work: Callable[..., None], arguments: Any
+) -> None:
+    """Join the other ranks at `address`, in a process of its own, and work."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which torch sends a rank when its parent is gone
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
+    backend = "gloo"
+    if torch.cuda.is_available():
         torch.cuda.set_device(devices[rank])
-    if address:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which torch sends a rank when its parent is gone
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(devices)))
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=len(devices))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=len(devices))
     try:
         work(*arguments)
     except openai.APIError as error:
@@ -657,8 +656,8 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     base = AutoModelForCausalLM.from_pretrained(
         name, use_safetensors=True, dtype=dtype, attn_implementation="sdpa"
     )
-    base = base.cuda() if gpu else base
-    saved: Any = None
+    if gpu:
+        base = base.cuda()
     if options["checkpointing"]:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -666,7 +665,7 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
         try:
             model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
             if state:
-                saved = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+                moments = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
         except (EOFError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
             fail(f"{adapter}: damaged ({type(error).__name__}). Delete {adapter.parent} and train it again.")
     else:
@@ -675,25 +674,15 @@ def load_training(options: Options, state: Path | None, start: Path | None = Non
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # ty: ignore (else peft copies its input to float32)
-    check_adapted(model, name, options["lora_modules"])
+    adapted = {key.rsplit(".", 1)[-1] for key in model.targeted_module_names}
+    if missing := sorted(set(options["lora_modules"]) - adapted):
+        fail(f"{name} has no layers named {', '.join(missing)}: a part of it would go untrained.")
     model.train()  # switches checkpointing on; neither these models nor our LoRA use dropout
     check_forward(model, name)
     optimizer = torch.optim.AdamW(trainable(model), lr=options["lr"], weight_decay=0.0, fused=gpu)
     if state:
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(moments)
     return model, optimizer
-
-
-def check_adapted(model: Any, name: str, wanted: Sequence[str]) -> None:
-    """End the command where a kind of layer in `wanted` has no adapter: the class calls it something else."""
-    adapted = {key.rsplit(".", 1)[-1] for key in model.targeted_module_names}
-    if missing := sorted(set(wanted) - adapted):
-        kinds = {
-            key.rsplit(".", 1)[-1] for key, module in model.named_modules() if hasattr(module, "in_features")
-        }
-        fail(
-            f"{name} has no layers named {', '.join(missing)}; its linear layers: {', '.join(sorted(kinds))}."
-        )
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -802,7 +791,7 @@ def main(
     training_rows(options, run)  # missing data end the command here
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
-        on_ranks(sft, gpus, options, run, folder)
+        on_ranks(fine_tune, gpus, options, run, folder)
         choose_epoch(options, run, folder)
     judge = annotate.read_json(folder / "judge.json", ["adapter", "validation"])
     print(f"{folder}: {judge['adapter']}. On validation: {describe(judge['validation'])}")

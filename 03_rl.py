@@ -8,7 +8,6 @@ What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
                 checkpoints/step-000004/ …   PEFT adapters
                 metrics.jsonl                one record a step; reward.png draws it
                 rollouts.jsonl               outputs with their rewards, some of each step
-                fitting.json                 which instructions fit --max-prompt, found out once
 
 A step, as in nearly every RL of language models today:
  1. sample      G rollouts for each of P prompts from the vLLM server, with their log-probabilities
@@ -63,7 +62,7 @@ from typer import Option
 annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 fail = annotate.fail
-Row, Options = dict[str, Any], dict[str, Any]
+Row, Options = annotate.Row, annotate.Options
 
 # --- The maths: reward, advantage, loss -----------------------------------------------------------
 
@@ -182,7 +181,7 @@ def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
         seconds = {"collect_seconds": collected - began, "seconds": time.perf_counter() - began}
         records = gather_records(batch, step)
         if rank == 0:
-            keep_step(options, folder, step, records, {**measure(records, updates, options), **seconds})
+            keep_step(folder, step, records, {**measure(records, updates, options), **seconds})
             keep_weights(options, folder, step + 1, model, optimizer)
 
 
@@ -200,10 +199,12 @@ def collect(
 
     All prompts are sampled at once; a group is judged while others are still sampled.
     """
+    sampling = ThreadPoolExecutor(max(1, sum(map(len, minibatches))))
+    judging = ThreadPoolExecutor(options["threads"])
+    limits = {"temperature": options["temperature"], "max_tokens": options["max_tokens"]}
 
     def one_group(row: Row) -> Group:
         prompt = task.prompt(row)
-        limits = {"temperature": options["temperature"], "max_tokens": options["max_tokens"]}
         samples_G = endpoint.sample(prompt, options["group"], adapter, **limits)
         rewards_G, notes_G = task.rewards(row, samples_G, judging)
         advantages_G = group_advantages(rewards_G, options["std_floor"], options["scale_std"])
@@ -212,8 +213,6 @@ def collect(
             for sample, reward, advantage, notes in zip(samples_G, rewards_G, advantages_G, notes_G)
         ]
 
-    judging = ThreadPoolExecutor(options["threads"])
-    sampling = ThreadPoolExecutor(max(1, sum(map(len, minibatches))))
     try:
         futures = [[sampling.submit(one_group, row) for row in rows] for rows in minibatches]
         batch = [[group.result() for group in groups] for groups in futures]
@@ -259,41 +258,42 @@ def update(model: Any, optimizer: Any, groups: Sequence[Group], options: Options
     count, all_tokens, running = sft.over_ranks([len(rewarded), lengths, len(active)])
     if not running:
         return {"tokens": 0}
-    clip, beta = (options["clip_low"], options["clip_high"]), options["beta"]
+    clip, beta, reference_A = (options["clip_low"], options["clip_high"]), options["beta"], None
     sums: Counter[str] = Counter()
     for packed, members in packs_of(active, options):
-        sizes = torch.tensor([len(r.sample.tokens_T) for r in members])
-
-        def of_tokens(values: Sequence[float], sizes: Any = sizes) -> Any:
-            """A value of each rollout, repeated for each of its tokens."""
-            return torch.tensor(values).repeat_interleave(sizes)
-
+        sizes = [len(r.sample.tokens_T) for r in members]
         new_A = sft.answer_logprobs(model, packed, options["temperature"])
         sampled_A = new_A.new_tensor([x for r in members for x in r.sample.logprobs_T])
         old_A = new_A.new_tensor([x for r in members for x in r.old_T])
-        advantages_A = of_tokens([r.advantage for r in members]).to(new_A)
-        weights_A = of_tokens([1 / (size * count) for size in sizes.tolist()]).to(new_A)
+        advantages_A = new_A.new_tensor([r.advantage for r in members for _ in r.old_T])
+        weights_A = new_A.new_tensor([1 / (size * count) for size in sizes for _ in range(size)])
         if options["token_mean"]:
             weights_A = torch.full_like(new_A, 1 / all_tokens)
-        reference_A = None
         if beta:  # the base model, where every policy starts
             with torch.no_grad(), model.disable_adapter():
                 reference_A = sft.answer_logprobs(model, packed, options["temperature"])
         grpo_loss(new_A, old_A, advantages_A, weights_A, clip, beta, reference_A).backward()
-
-        with torch.no_grad():
-            ratio_A = (new_A - old_A).exp()
-            sums["tokens"] += len(old_A)
-            sums["logprob_gap"] += (new_A - sampled_A).abs().sum().item()
-            sums["ratio"] += ratio_A.sum().item()
-            sums["clipped_low"] += ((ratio_A < 1 - clip[0]) & (advantages_A < 0)).sum().item()
-            sums["clipped_high"] += ((ratio_A > 1 + clip[1]) & (advantages_A > 0)).sum().item()
-            if beta:
-                difference_A = reference_A - new_A
-                sums["kl"] += (difference_A.exp() - difference_A - 1).sum().item()
+        sums.update(token_sums(new_A.detach(), sampled_A, old_A, advantages_A, clip, reference_A))
     tokens, *totals = sft.over_ranks([sums[name] for name in ("tokens", *MEANS)])
     means = {name: total / tokens for name, total in zip(MEANS, totals)}
     return {"tokens": tokens, **means, "grad_norm": sft.optimizer_step(model, optimizer, options["lr"])}
+
+
+def token_sums(
+    new_A: Any, sampled_A: Any, old_A: Any, advantages_A: Any, clip: tuple[float, float], reference_A: Any
+) -> dict[str, float]:
+    """How many tokens a forward pass has, and the sums over them of what `MEANS` names."""
+    ratio_A = (new_A - old_A).exp()
+    values = {
+        "logprob_gap": (new_A - sampled_A).abs(),
+        "ratio": ratio_A,
+        "clipped_low": (ratio_A < 1 - clip[0]) & (advantages_A < 0),
+        "clipped_high": (ratio_A > 1 + clip[1]) & (advantages_A > 0),
+    }
+    if reference_A is not None:
+        difference_A = reference_A - new_A
+        values["kl"] = difference_A.exp() - difference_A - 1
+    return {"tokens": len(new_A), **{name: values_A.sum().item() for name, values_A in values.items()}}
 
 
 def publish(endpoint: Any, model: Any, folder: Path, step: int) -> str:
@@ -319,16 +319,19 @@ SAVE_ROLLOUTS, SHOW_EVERY, STATE_EVERY = 32, 5, 4
 LARGEST_GAP = 0.5  # nats a token between sampler and trainer, which have the same weights
 
 
-def keep_step(options: Options, folder: Path, step: int, records: Sequence[Row], metrics: Row) -> None:
+def keep_step(folder: Path, step: int, records: Sequence[Row], metrics: Row) -> None:
     """Write the step's metrics and some rollouts; a sampler that has other weights ends the command."""
-    if metrics["logprob_gap"] is not None and metrics["logprob_gap"] > LARGEST_GAP:
-        gap = metrics["logprob_gap"]
+    gap = metrics["logprob_gap"] or 0.0
+    if gap > LARGEST_GAP:
         fail(f"sampler and trainer differ by {gap:.1f} a token: the server has other weights.")
     annotate.append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
     for record in records[:SAVE_ROLLOUTS]:
         annotate.append_jsonl(folder / "rollouts.jsonl", record)
-    if step % SHOW_EVERY == 0:
-        show(records, step)
+    rewarded = sorted((r for r in records if r["reward"] is not None), key=lambda r: r["reward"])
+    if step % SHOW_EVERY == 0:  # the worst and the best: look at them, not only at the curve
+        for record in rewarded[:1] + rewarded[-1:]:
+            text = " ".join(record["completion"].split())
+            tqdm.write(f"  step {step}, reward {record['reward']:5.2f}: {text[:160]}")
 
 
 def keep_weights(options: Options, folder: Path, done: int, model: Any, optimizer: Any) -> None:
@@ -344,7 +347,7 @@ def gather_records(batch: Sequence[Sequence[Group]], step: int) -> list[Row]:
     """The rollouts of all ranks, rank by rank and group by group, as records to be kept."""
     rank, ranks = sft.rank_and_size()
     records = []
-    for g, group in enumerate(group for groups in batch for group in groups):
+    for g, group in enumerate(itertools.chain(*batch)):
         for n, r in enumerate(group):
             about = {"id": f"{step}-{rank}.{g}-{n}", "step": step, "prompt_id": r.row["id"]}
             about |= {"instruction": r.row["instruction"], "completion": r.sample.text}
@@ -354,7 +357,7 @@ def gather_records(batch: Sequence[Sequence[Group]], step: int) -> list[Row]:
         return records
     shares: list[Any] = [None] * ranks
     dist.all_gather_object(shares, records)
-    return [record for share in shares for record in share]
+    return list(itertools.chain(*shares))
 
 
 def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) -> Row:
@@ -363,11 +366,12 @@ def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) ->
     `logprob_gap` (mean |new - sampler's|, a token) and `ratio` (mean new/old) are of the first minibatch that
     ran, when trainer and sampler still have the same weights: 0 and 1, but for the two programs' rounding.
     """
-    groups = [list(g) for _, g in itertools.groupby(records, key=lambda r: r["id"].rpartition("-")[0])]
+    size = options["group"]
+    groups = [records[i : i + size] for i in range(0, len(records), size)]
     rewards = [[r["reward"] for r in group if r["reward"] is not None] for group in groups]
     spreads = [pstdev(group) if group else 0.0 for group in rewards]
-    known, ran = [reward for group in rewards for reward in group], [u for u in updates if u["tokens"]]
-    return {
+    known = [reward for group in rewards for reward in group]
+    metrics = {
         "reward": fmean(known) if known else None,
         "reward_std": fmean(spreads),
         "zero_variance_groups": fmean(spread < max(options["std_floor"], 1e-9) for spread in spreads),
@@ -377,18 +381,12 @@ def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) ->
         "rollouts": len(records),
         "prompt_ids": [group[0]["prompt_id"] for group in groups],
         "train_tokens": sum(u["tokens"] for u in updates),
-        **{name: ran[0][name] if ran else None for name in ("logprob_gap", "ratio")},
-        **{name: fmean(u[name] for u in ran) if ran else None for name in (*MEANS[2:], "grad_norm")},
     }
-
-
-def show(records: Sequence[Row], step: int) -> None:
-    """Print the best and the worst rollout of the first prompt: look at them, not only at the curve."""
-    first = [r for r in records if r["prompt_id"] == records[0]["prompt_id"] and r["reward"] is not None]
-    for name, pick in (("worst", min), ("best ", max)) if first else ():
-        record = pick(first, key=lambda r: r["reward"])
-        text = " ".join(record["completion"].split())
-        tqdm.write(f"  step {step}, {name} {record['reward']:5.2f}: {text[:160]}")
+    ran = [u for u in updates if u["tokens"]]
+    for name in (*MEANS, "grad_norm"):
+        some = ran[:1] if name in ("logprob_gap", "ratio") else ran
+        metrics[name] = fmean(u[name] for u in some) if some else None
+    return metrics
 
 
 # --- The two tasks --------------------------------------------------------------------------------
@@ -400,15 +398,18 @@ def judge_task(options: Options, run: Path) -> Task:
     rubrics, pairwise = sft.read_rubrics(run) if judge.get("rubrics") else None, judge.get("pairwise")
     labels = annotate.PAIRWISE_LABELS if pairwise else annotate.LABELS
     reward = pairwise_verifiable_reward if pairwise else verifiable_reward
-    causes = {True: "ill-formed", False: None}
 
     def prompt(row: Row) -> list[int]:
         return sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
 
     def rewards(row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
-        read_G = [read_score(s.text, judge["reasoning"], labels) if s.finished else None for s in samples_G]
-        notes_G = [{"label": x, "gold": row["label"], "cause": causes[x is None]} for x in read_G]
-        return [reward(label, row["label"]) for label in read_G], notes_G
+        rewards_G, notes_G = [], []
+        for sample in samples_G:
+            label = read_score(sample.text, judge["reasoning"], labels) if sample.finished else None
+            cause = "ill-formed" if label is None else None
+            rewards_G.append(reward(label, row["label"]))
+            notes_G.append({"label": label, "gold": row["label"], "cause": cause})
+        return rewards_G, notes_G
 
     start = run / options["start_adapter"] if options["start_adapter"] else None
     return Task(sft.labelled(run, "judge_train", pairwise=pairwise), prompt, rewards, start)
@@ -448,24 +449,23 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
             games.append(random.sample((a, b), 2))
     verdicts = list(pool.map(lambda game: ask(row["instruction"], texts_G[game[0]], texts_G[game[1]]), games))
     points_G: list[list[float]] = [[] for _ in range(group)]
-    causes: Counter[str] = Counter()
+    causes_G: list[str | None] = [None] * group
     for (first, second), verdict in zip(games, verdicts):
         won = first_wins(verdict)
         if won is None:
-            causes[verdict["cause"]] += 1
+            causes_G[first] = causes_G[second] = verdict["cause"]
         else:
             points_G[first].append(won)
             points_G[second].append(1 - won)
-    cause = max(causes, key=lambda text: causes[text], default=None)  # the most common
-    notes_G = [{"games": len(points), "cause": None if points else cause} for points in points_G]
-    return [fmean(points) if points else None for points in points_G], notes_G
+    rewards_G, notes_G = [], []
+    for points, cause in zip(points_G, causes_G):
+        rewards_G.append(fmean(points) if points else None)
+        notes_G.append({"games": len(points), "cause": None if points else cause})
+    return rewards_G, notes_G
 
 
 def policy_task(options: Options, run: Path, ask: Any) -> Task:
-    """A policy against a frozen judge: its expected score, or eq. 4 for a pairwise judge.
-
-    `ask` is an `Ask`; None where only the prompts are wanted.
-    """
+    """A policy against a frozen judge, asked by `ask`: its expected score, or eq. 4 for a pairwise judge."""
     tokenizer = annotate.load_tokenizer(options["model"])
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
     rows = [row for row in rows if row["split"] == "policy_train"]
@@ -475,105 +475,97 @@ def policy_task(options: Options, run: Path, ask: Any) -> Task:
     return Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rewards)
 
 
-def rows_that_fit(options: Options, task: Task, folder: Path) -> list[Row]:
-    """The rows whose prompt has at most `max_prompt` tokens. What fits is found out once, and kept in a file.
-
-    For 117,000 instructions that is minutes, which neither every rank nor every resume should spend.
-    """
-    path = folder / "fitting.json"
-    about: Row = {"model": options["model"], "max_prompt": options["max_prompt"], "rows": len(task.rows)}
-    kept: Row = annotate.read_json(path, ["ids"]) if path.exists() else {}
-    if {**kept, **about} != kept:
-        fitting = [row["id"] for row in task.rows if len(task.prompt(row)) <= options["max_prompt"]]
-        annotate.write_json(path, {**about, "ids": fitting})
-    ids = set(annotate.read_json(path, ["ids"])["ids"])
-    return [row for row in task.rows if row["id"] in ids]
-
-
 # --- Where everything runs: servers on their GPUs, ranks on theirs --------------------------------
 
 GOLD, TRUTH = "gold", "truth"  # in place of a judge: the controls
 
 
-@contextlib.contextmanager
-def judge_to_please(options: Options, run: Path, door: Any) -> Iterator[Ask | None]:
-    """The judge of a policy as a function; None where the judge itself is trained."""
+def judge_to_please(options: Options, run: Path, address: Any) -> Ask:
+    """The judge of a policy, as a function; `address`: of the server that plays it, None for a control."""
     record = options["judge_record"]
+    if record:
+        endpoint, tokenizer = annotate.Endpoint(*address), annotate.load_tokenizer(record["model"])
+        return partial(sft.ask_judge, sft.served_judge(endpoint, tokenizer, "judge", record, run))
+    if options["judge"] == TRUTH:
+        return lambda text, output: {"expected": annotate.truth(text, output)}
+    gold, endpoint = annotate.read_options(run / "annotations"), None
+    if gold["gold"] != "oracle":
+        endpoint = annotate.open_endpoint(gold["gold_url"], gold["gold"], "GOLD_API_KEY")
+    return partial(annotate.grade, gold, endpoint)
+
+
+def train_rank(
+    options: Options, run: Path, folder: Path, ids: set[str], sampler: Any, judge: Any = None
+) -> None:
+    """Train on the rows `ids`, as one rank. `sampler`, `judge`: of each server, what makes an Endpoint."""
     if options["task"] == "judge":
-        yield None
-    elif record:
-        tokenizer = annotate.load_tokenizer(record["model"])
-        judge = sft.open_judge(annotate.Endpoint(*door), tokenizer, "judge", record, run)
-        yield partial(sft.ask_judge, judge)
-    elif options["judge"] == TRUTH:
-        yield lambda text, output: {"expected": annotate.truth(text, output)}
+        task = judge_task(options, run)
     else:
-        gold = annotate.read_options(run / "annotations")
-        with annotate.gold_endpoint(gold, run / "logs") as endpoint:
-            yield partial(annotate.grade, gold, endpoint)
+        task = policy_task(options, run, judge_to_please(options, run, judge))
+    task.rows = [row for row in task.rows if row["id"] in ids]
+    grpo(options, folder, annotate.Endpoint(*sampler), task)
 
 
-def train_rank(options: Options, run: Path, folder: Path, doors: Sequence[Any]) -> None:
-    """What a rank does. `doors`: (url, key, model, retries) of the trained model's server, its judge's."""
-    with judge_to_please(options, run, doors[-1]) as ask:
-        task = policy_task(options, run, ask) if ask else judge_task(options, run)
-        task.rows = rows_that_fit(options, task, folder)
-        grpo(options, folder, annotate.Endpoint(*doors[0]), task)
+def memory_share(gpus: str, *others: str) -> float:
+    """The share of its GPUs' memory for a server: 0.9, halved for each of the others that has one of them."""
+    share = 0.9
+    for other in others:
+        if set(gpus.split(",")) & set(other.split(",")):
+            share /= 2
+    return share
 
 
-def train(options: Options, run: Path, folder: Path, record: Row, adapter: Path | None = None) -> None:
+def train(
+    options: Options, run: Path, folder: Path, record: Row, gpus: str, adapter: Path | None = None
+) -> None:
     """Start the servers, train on all ranks, and write `record` to say that it is done.
 
-    `adapter`: that of the judge to please, where a server of ours plays it. A server alone on a GPU takes 0.9
-    of its memory; half of that is left to a rank that trains there, and two servers share the rest.
+    `gpus`: of the server that samples. `adapter`: that of the judge to please, where we serve it.
     """
-    task = policy_task(options, run, None) if options["task"] == "policy" else judge_task(options, run)
-    if not rows_that_fit(options, task, folder):
-        (folder / "fitting.json").unlink()
+    # Whom to ask for rewards is known when the servers are up; the prompts are needed now.
+    task = judge_task(options, run) if options["task"] == "judge" else policy_task(options, run, None)
+    ids = {row["id"] for row in task.rows if len(task.prompt(row)) <= options["max_prompt"]}
+    if not ids:
         fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
-    judge = options["judge_record"]
-    policy_gpus, judge_gpus, train_gpus = (
-        options[key].split(",") for key in ("policy_gpus", "judge_gpus", "train_gpus")
-    )
-    if adapter is None:  # a judge in training, or a control: there is no judge to serve
-        servers = [([options], policy_gpus)]
-    elif judge["model"] == options["model"]:  # one server plays both
-        servers = [([options, judge], list(dict.fromkeys([*policy_gpus, *judge_gpus])))]
-    else:
-        servers = [([options], policy_gpus), ([judge], judge_gpus)]
+    judge, judge_gpus, train_gpus = options["judge_record"], options["judge_gpus"], options["train_gpus"]
     with contextlib.ExitStack() as stack:
-        endpoints = []
-        for users, gpus in servers:
-            memory = 0.9
-            if set(gpus) & set(train_gpus):
-                memory /= 2
-            if len(servers) == 2 and set(policy_gpus) & set(judge_gpus):
-                memory /= 2
-            server = sft.serve_adapters(users, run, ",".join(gpus), len(users), memory)
-            endpoints.append(stack.enter_context(server))
+
+        def serve(users: list[Row], on: str, *others: str) -> Any:
+            memory = memory_share(on, *others)
+            return stack.enter_context(sft.serve_adapters(users, run, on, len(users), memory))
+
+        if adapter is None:  # a judge in training, or a control: there is no judge to serve
+            endpoints = [serve([options], gpus, train_gpus)]
+        elif judge["model"] == options["model"]:  # one server plays both
+            both = ",".join(sorted({*gpus.split(","), *judge_gpus.split(",")}))
+            server = serve([options, judge], both, train_gpus)
+            endpoints = [server, server]
+        else:
+            endpoints = [serve([options], gpus, train_gpus, judge_gpus)]
+            endpoints.append(serve([judge], judge_gpus, train_gpus, gpus))
         if adapter:
-            endpoints[-1].load_adapter("judge", adapter)
-        doors = [(endpoint.url, endpoint.key, endpoint.model, 2) for endpoint in endpoints]
-        sft.on_ranks(train_rank, options["train_gpus"], options, run, folder, doors)
+            endpoints[1].load_adapter("judge", adapter)
+        addresses = [(endpoint.url, endpoint.key, endpoint.model, 2) for endpoint in endpoints]
+        sft.on_ranks(train_rank, train_gpus, options, run, folder, ids, *addresses)
     shutil.rmtree(folder / "served", ignore_errors=True)
     annotate.write_json(folder / f"{options['task']}.json", record)
 
 
 def report(folder: Path) -> None:
-    """Draw how the reward went, and print means over the first and the last fifth of the steps."""
+    """Print means over the first and the last fifth of the steps; draw reward and share of invalid ones."""
     records = annotate.read_jsonl(folder / "metrics.jsonl", ["step", "reward"])
-    part = max(1, len(records) // 5)
+
+    def mean(some: Sequence[Row], name: str) -> str:
+        known = [record[name] for record in some if record[name] is not None]
+        return f"{fmean(known):.2f}" if known else "none"
+
+    fifth = max(1, len(records) // 5)
     for name in ("reward", "invalid", "length", "truncated"):
-        ends = [[r[name] for r in rows if r[name] is not None] for rows in (records[:part], records[-part:])]
-        print(f"{folder.name}: {name} {' -> '.join(f'{fmean(end):.2f}' if end else 'none' for end in ends)}")
-    figure = annotate.new_figure(5, 3)
-    axis, steps = figure.subplots(), [record["step"] for record in records]
-    axis.plot(steps, [record["reward"] for record in records], ".-")
-    axis.set(title=folder.name, xlabel="training step", ylabel="mean reward of the rollouts")
-    if any(record["invalid"] for record in records):
-        right = axis.twinx()
-        right.plot(steps, [record["invalid"] for record in records], color="tab:red", lw=1)
-        right.set(ylim=(0, 1), ylabel="share of invalid (red)")
+        print(f"{folder.name}: {name} {mean(records[:fifth], name)} -> {mean(records[-fifth:], name)}")
+    figure = annotate.new_figure(5, 4)
+    for axis, name in zip(figure.subplots(2, sharex=True), ("reward", "invalid")):
+        axis.plot([record["step"] for record in records], [record[name] for record in records], ".-")
+        axis.set(xlabel="training step", ylabel=f"{name} (mean of the rollouts)")
     figure.savefig(folder / "reward.png", dpi=100)
     print(f"picture: {folder / 'reward.png'}")
 
@@ -654,13 +646,14 @@ def train_judge(
     options["max_tokens"] = record["max_thinking"]
     options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
     options |= {"task": "judge", "judge_record": record, "start_adapter": adapter}
-    options |= {"beta": 0.0, "policy_gpus": judge_gpus}
+    options["beta"] = 0.0
     room = options["max_prompt"] + options["max_tokens"]
     sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         before = source.name if adapter else ""  # stage 4 compares agreement before and after
-        train(options, run, folder, {**record, "adapter": f"checkpoints/step-{steps:06d}", "before": before})
+        record |= {"adapter": f"checkpoints/step-{steps:06d}", "before": before}
+        train(options, run, folder, record, judge_gpus)
     report(folder)
 
 
@@ -713,7 +706,7 @@ def train_policy(
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
         record = {key: value for key, value in options.items() if key != "judge_record"}
-        train(options, run, folder, record, adapter)
+        train(options, run, folder, record, policy_gpus, adapter)
     report(folder)
 
 

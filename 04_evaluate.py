@@ -231,7 +231,7 @@ def open_judge(name: str, judges: Mapping[str, Judge], servers: ServerCache) -> 
         judge = judges[name]
         with servers.adapter(judge["model"], judge["adapter"]) as (endpoint, served):
             tokenizer = annotate.load_tokenizer(judge["model"])
-            yield partial(sft.ask_judge, sft.open_judge(endpoint, tokenizer, served, judge, servers.run))
+            yield partial(sft.ask_judge, sft.served_judge(endpoint, tokenizer, served, judge, servers.run))
 
 
 # --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------

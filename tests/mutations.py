@@ -45,7 +45,7 @@ MUTATIONS = [
     ("03", "1 / (size * count)", "1 / (size * len(members))", "normaliser of the micro-batch"),
     ("03", "index in packed.members]", "index in packed.members[::-1]]", "permuted"),
     ("03", "lengths, len(active)])", "lengths, 1]) and (len(rewarded), lengths, 1)", "norm of the rank"),
-    ("03", "for size in sizes.tolist()])", "for size in sizes.tolist()[::-1]])", "weights mixed up"),
+    ("03", "for size in sizes for _", "for size in sizes[::-1] for _", "weights mixed up"),
     ("03", "for r in members for x in r.old_T", "for r in members for x in r.sample.logprobs_T", "whose old"),
     ("03", "        adapter = publish(", "        publish(", "stale adapter"),
     ("03", "append(1 - won)", "append(won)", "eq. 4: both of a pair win"),

@@ -109,9 +109,9 @@ def fine_tuning(seed: int, interrupted: int | None = None) -> dict[str, Any]:
         if interrupted is not None:
             with pytest.raises(pytest.fail.Exception), pytest.MonkeyPatch.context() as once:
                 once.setattr(sft, "learning_rate", stop)
-                sft.sft(options, run, run)
+                sft.fine_tune(options, run, run)
             del seen[-4:]
-        sft.sft(options, run, run)
+        sft.fine_tune(options, run, run)
         metrics = annotate.read_jsonl(run / "metrics.jsonl")
         weights = load_file(run / "epoch-2" / "adapter_model.safetensors")
     norm = sum(value.square().sum().item() for name, value in weights.items() if "lora_B" in name) ** 0.5

@@ -203,10 +203,10 @@ def test_a_server_with_other_weights_ends_the_training(tmp_path: Path, capsys: A
     spy = Spy(model.parameters(), lr=0.1)
     stats = rl.update(Peft(model), spy, groups, OPTIONS)
     assert stats["logprob_gap"] < 1e-5 and stats["ratio"] == pytest.approx(1, abs=1e-5)
-    rl.keep_step(OPTIONS, tmp_path, 1, [], stats)
+    rl.keep_step(tmp_path, 1, [], stats)
     stats = rl.update(Peft(other), Spy(other.parameters(), lr=0.1), groups, OPTIONS)
     with pytest.raises(SystemExit):
-        rl.keep_step(OPTIONS, tmp_path, 2, [], stats)
+        rl.keep_step(tmp_path, 2, [], stats)
     assert "the server has other weights" in capsys.readouterr().err
     assert [record["step"] for record in annotate.read_jsonl(tmp_path / "metrics.jsonl")] == [1]
 
@@ -424,7 +424,7 @@ def test_servers_and_ranks_share_the_memory(tmp_path: Path, gpus: str, monkeypat
     options = dict(zip(("policy_gpus", "judge_gpus", "train_gpus"), gpus.split()))
     options |= {"task": "policy", "model": "m", "max_prompt": 9}
     options["judge_record"] = {"model": "m" if "same" in gpus else "other"}
-    rl.train(options, tmp_path, tmp_path, {}, tmp_path)
+    rl.train(options, tmp_path, tmp_path, {}, options["policy_gpus"], tmp_path)
     assert found == pytest.approx(SHARES[gpus])
 
 
@@ -433,5 +433,5 @@ def test_the_controls_are_trained_on_gold_or_truth_itself(tmp_path: Path) -> Non
     annotate.write_json(tmp_path / "annotations/config.json", {"options": gold})
     for judge, score in (("gold", 9), ("truth", annotate.truth(ASKED, output))):
         options = {"judge": judge, "judge_record": None, "task": "policy"}
-        with rl.judge_to_please(options, tmp_path, None) as ask:
-            assert ask(ASKED, output)["expected"] == score < 9 or judge == "gold"
+        ask = rl.judge_to_please(options, tmp_path, None)
+        assert ask(ASKED, output)["expected"] == score < 9 or judge == "gold"

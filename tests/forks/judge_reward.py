@@ -28,7 +28,7 @@ def judge() -> Any:
     if record.get("pairwise"):
         annotate.fail(f"{folder}: a pairwise judge needs the whole group (03_rl.py has eq. 4).")
     endpoint = annotate.open_endpoint(os.environ["JUDGE_URL"], record["model"], "JUDGE_API_KEY")
-    return sft.open_judge(endpoint, annotate.load_tokenizer(record["model"]), "judge", record, run)
+    return sft.served_judge(endpoint, annotate.load_tokenizer(record["model"]), "judge", record, run)
 
 
 def score(instruction: str, output: str) -> float | None:
