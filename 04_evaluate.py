@@ -305,7 +305,7 @@ def score_outputs(
 
     A pairwise judge compares with the output of the policy's own base, which is among `outputs`.
     """
-    bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
+    bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["step"] == 0}
     tasks = []
     for row in outputs:
         task = {key: row[key] for key in ("id", "instruction", "output")}
@@ -479,34 +479,29 @@ def score_policies(
     run: Path, trained: dict[str, Row], policies: dict[str, Row], gpus: str, threads: int
 ) -> Any:
     """A frame of the outputs of each policy and of its base, with the scores by its own judge and by gold."""
-    options = annotate.read_options(run / "annotations")
+    options, scores, rows = annotate.read_options(run / "annotations"), {}, []
     # Each server starts once. That of the last outputs is still up, so judges on its base model come first,
     # then those on each other base model; gold, which takes all GPUs for its own server, is last.
     is_up = max(policy["model"] for policy in policies.values())
     models = [is_up, *sorted({judge["model"] for judge in trained.values()} - {is_up})]
     judges = dict(sorted(trained.items(), key=lambda item: models.index(item[1]["model"])))
     judges |= {TRUTH: options, GOLD: options, PAIRWISE_GOLD: {**options, "pairwise": True}}
-    own, gold, outputs = {}, {}, {}  # each policy's own judge, gold pairwise or not, and what is judged
-    scores, rows = {}, []
     with ServerCache(run, [*trained.values(), *policies.values()], gpus) as servers:
         written = write_outputs(run, policies, servers, threads)
         for name, policy in policies.items():
-            own[name], gold[name] = policy["judge"], GOLD
-            if judges[own[name]].get("pairwise"):
-                gold[name] = PAIRWISE_GOLD
+            own = policy["judge"]
+            readers = {"own": own, "gold": PAIRWISE_GOLD if judges[own].get("pairwise") else GOLD}
             alike = [row for row in written if row["base"] == policy["base"]]
-            outputs[name] = [row for row in alike if row["policy"] in (name, BASE)]
+            to_score = [row for row in alike if row["policy"] in (name, BASE)]
+            rows += [{**row, "policy": name, "readers": readers} for row in to_score]
         for judge, record in judges.items():
-            readers = [name for name in policies if judge in (own[name], gold[name])]
-            asked = [row for name in readers for row in outputs[name]]
+            asked = [row for row in rows if judge in row["readers"].values()]
             scores[judge] = score_outputs(asked, judge, record, servers, threads)
-    for name in policies:
-        for row in outputs[name]:
-            key, text = row["id"], (row["instruction"], row["output"])
-            found = {"own": scores[own[name]][key], "gold": scores[gold[name]][key]}
-            if options["gold"] == "oracle":
-                found |= {"truth": annotate.truth(*text), "content": annotate.content(*text)}
-            rows.append({**row, "policy": name, **found})
+    for row in rows:
+        readers, text = row.pop("readers"), (row["instruction"], row["output"])
+        row |= {column: scores[judge][row["id"]] for column, judge in readers.items()}
+        if options["gold"] == "oracle":
+            row |= {"truth": annotate.truth(*text), "content": annotate.content(*text)}
     frame = pd.DataFrame(rows)
     return frame.astype({key: float for key in SCORES if key in frame})
 

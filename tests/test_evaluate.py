@@ -282,8 +282,8 @@ def test_a_pairwise_judge_is_shown_the_policys_own_base(tmp_path: Path, monkeypa
         yield lambda _, *pair: asked.append({*pair}) or {"expected": 1.5, "cause": None}
 
     monkeypatch.setattr(evaluate, "open_judge", open_judge)
-    rows = [(who, base, f"{who} {base}") for who in ("base", "policy") for base in "AB"]
-    outputs = [dict(zip(("policy", "base", "output", "id", "instruction"), (*r, r[2], ONE))) for r in rows]
+    rows = [(step, base, f"{who} {base}") for step, who in enumerate(("base", "policy")) for base in "AB"]
+    outputs = [dict(zip(("step", "base", "output", "id", "instruction"), (*r, r[2], ONE))) for r in rows]
     servers = types.SimpleNamespace(run=tmp_path)
     judge = {"pairwise": True, "model": MODEL}
     assert set(evaluate.score_outputs(outputs, "judge", judge, servers, 2).values()) == {4.5}
