@@ -32,14 +32,13 @@ import json
 import random
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,8 +48,7 @@ annotate = import_module("01_annotate")
 sft = import_module("02_train_judge")
 
 Row = dict[str, Any]  # a record of a JSON or JSONL file
-GOLD, PAIRWISE_GOLD, TRUTH, CONTENT = "gold", "gold-pairwise", "truth", "content"  # nobody trained these
-UNFOOLED = {TRUTH: annotate.truth, CONTENT: annotate.content}  # the laptop's, which know gold's weakness
+GOLD, PAIRWISE_GOLD, TRUTH = "gold", "gold-pairwise", "truth"  # judges that nobody trained
 BASE = "base"  # the untrained base model: as a judge, as a policy
 SERVING = {"gpu": {"threads": 256}, "node": {"threads": 1024, "gpus": "0,1,2,3,4,5,6,7"}}
 Run = Annotated[Path, annotate.run_option(SERVING)]
@@ -59,62 +57,44 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__
 # --- What a run holds, and the server that is up ----------------------------------------------------
 
 
-class Judge(TypedDict, total=False):
-    """What this stage reads of a judge.json, with the path of its adapter."""
-
-    model: str  # the base model
-    adapter: Path | None  # None: the base model itself, untrained
-    reasoning: bool  # it thinks before it gives a label
-    max_thinking: int  # tokens
-    pairwise: bool  # it says which of two outputs is better
-    rubrics: bool  # it is shown gold's rubric of the instruction
-    before: str  # the judge that GRPO began with
-
-
-class Policy(TypedDict):
-    """What this stage reads of a policy.json, with the id of its untrained outputs and its checkpoints."""
-
-    model: str  # the base model
-    judge: str  # its own judge
-    max_prompt: int  # tokens
-    max_tokens: int  # of an output
-    temperature: float
-    base: str  # policies of the same base model, sampled alike, share their step 0
-    checkpoints: dict[int, Path]  # step -> adapter
-
-
-def trained_judges(run: Path, prompted: bool = False) -> dict[str, Judge]:
-    """Every finished judge by its name, after every base model of theirs as an untrained judge.
-
-    An untrained judge is asked for a label directly; with `prompted` it is also asked to reason first, and
-    with rubrics where the run has them. Its name says so: base, base-pairwise, base-reasoning-rubrics, ….
-    """
-    trained: dict[str, Judge] = {}
-    untrained: dict[str, Judge] = {}
+def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
+    """The record of every finished judge, with the path of its adapter, after the `untrained_judges`."""
+    trained = {}
     for path in sorted((run / "judges").glob("*/judge.json")):
         folder, record = sft.find_judge(run, path.parent.name)
         trained[path.parent.name] = {**record, "adapter": folder / record["adapter"]}
-    ways = [[], ["reasoning"]] if prompted else [[]]
+    ways = ["", "-reasoning"] if prompted else [""]
     if prompted and (run / "annotations" / "rubrics.json").exists():
-        ways += [["rubrics"], ["reasoning", "rubrics"]]
+        ways += ["-rubrics", "-reasoning-rubrics"]
+    return untrained_judges(trained, ways) | trained
+
+
+def untrained_judges(trained: dict[str, Row], ways: list[str]) -> dict[str, Row]:
+    """The base models of the `trained` judges as judges without an adapter, each asked in all `ways`.
+
+    A way, such as "-reasoning-rubrics", ends the judge's name: base, base-pairwise, base-reasoning, ….
+    """
+    untrained = {}
     models = [judge["model"] for judge in trained.values()]
     longest = max((judge["max_thinking"] for judge in trained.values()), default=0)
     for judge, way in itertools.product(trained.values(), ways):
-        words = [BASE]
+        name = BASE
         if judge["model"] != models[0]:
-            words.append(Path(judge["model"]).name)
+            name += f"-{Path(judge['model']).name}"
         if judge.get("pairwise"):
-            words.append("pairwise")
-        asked: Judge = {"reasoning": "reasoning" in way, "rubrics": "rubrics" in way, "adapter": None}
-        neither = {"before": "", "effort": ""}  # of which it has none
-        untrained["-".join(words + way)] = {**judge, **asked, **neither, "max_thinking": longest}
-    return untrained | trained
+            name += "-pairwise"
+        asked = {"reasoning": "reasoning" in way, "rubrics": "rubrics" in way, "max_thinking": longest}
+        untrained[name + way] = {**judge, **asked, "adapter": None, "before": "", "effort": ""}
+    return untrained
 
 
-def trained_policies(run: Path) -> dict[str, Policy]:
-    """Every finished policy by its name; one without checkpoints ends the command."""
+def trained_policies(run: Path) -> dict[str, Row]:
+    """The record of every finished policy, with its checkpoints {step: adapter} and the id of its `base`.
+
+    Policies of the same base model that sample alike share that id, and so the outputs of step 0.
+    """
     needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
-    found: dict[str, Policy] = {}
+    found = {}
     for path in sorted((run / "policies").glob("*/policy.json")):
         policy = annotate.read_json(path, needs)
         checkpoints = {}
@@ -128,12 +108,15 @@ def trained_policies(run: Path) -> dict[str, Policy]:
     return found
 
 
-def find_policy(run: Path, wanted: str) -> tuple[str, Policy, int, Path | None]:
+def find_policy(run: Path, wanted: str) -> tuple[str, Row, int, Path | None]:
     """(name, policy, step, adapter) of NAME (its last step), NAME:STEP, or base (no adapter)."""
-    policies, (name, _, step) = trained_policies(run), wanted.partition(":")
+    policies = trained_policies(run)
+    name, _, step = wanted.partition(":")
     if name == BASE:
         name, step = min(policies, default=BASE), "0"
-    adapters = {0: None, **policies[name]["checkpoints"]} if name in policies else {}
+    adapters = {}
+    if name in policies:
+        adapters = {0: None, **policies[name]["checkpoints"]}
     steps = [number for number in adapters if step in ("", str(number))]
     if not steps:
         annotate.fail(f"--policy {wanted}: {run} has no such policy, or it no such step ({list(adapters)}).")
@@ -170,19 +153,20 @@ class ServerCache(ExitStack):
 
 # --- Answers are kept, and asked for again where anything that changes them has changed --------------
 
-LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")  # of a judge's record
+LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")  # of a judge's prompt and of its answer
 BEYOND_LIMIT = ("prompt too long", "thinking did not close", "cut off")  # causes that a higher one may mend
 
 
-def identity(asked: Mapping[str, Any], run: Path | None = None) -> str:
+def identity(asked: Row, run: Path | None = None) -> str:
     """A hash of who is asked: an adapter's weights or a model's name, and the settings of its answers.
 
     The judge's or policy's own name, its URL and the run's folder do not count: they change no answer.
     """
-    who = asked.get("gold") or asked.get("model")
     adapter = asked.get("adapter")
     if adapter:
         who = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    else:
+        who = asked.get("gold") or asked["model"]
     settings = [asked.get(key) for key in ("reasoning", "temperature", "max_tokens", "effort", "gold_effort")]
     rubrics = sft.read_rubrics(run) if asked.get("rubrics") else None
     return annotate.short_hash(json.dumps([who, settings, rubrics]))
@@ -197,38 +181,56 @@ def kept(path: Path, tasks: Row, asked: Any, opening: Any, work: Any, label: str
     """The records of all `tasks` (id -> task), from `path` where it has them, else made and added to it.
 
     A record is made by `work(opened, task)`, where `opening` yields `opened`, so that no server is started if
-    nothing is left to do. An answer that failed under lower limits than those of `asked` is made again. So is
-    all that the oracle says: it costs nothing, and its code may have changed.
+    nothing is left to do. Two kinds are made again: answers that ran into a limit which is higher now, and
+    what the oracle says, which costs nothing, since its code may have changed.
     """
-    limit = sum(asked.get(name, 0) for name in LIMITS)
-
-    def stale(record: Row) -> bool:
-        too_low = str(record.get("cause")).startswith(BEYOND_LIMIT) and record.get("limit", 0) < limit
-        return record["id"] in tasks and (too_low or asked.get("gold") == "oracle")
-
-    known = {record["id"]: record for record in annotate.read_done(path) if not stale(record)}
+    limit = sum(asked.get(name, 0) for name in LIMITS)  # the tokens of prompt and answer together
+    known = {}
+    for record in annotate.read_done(path):
+        ran_into_limit = str(record.get("cause")).startswith(BEYOND_LIMIT)
+        again = asked.get("gold") == "oracle" or (ran_into_limit and record.get("limit", 0) < limit)
+        if not again or record["id"] not in tasks:
+            known[record["id"]] = record
     if tasks.keys() <= known.keys():
         return [known[key] for key in tasks]
     annotate.write_jsonl(path, known.values())
     with opening as opened:
-        return annotate.map_to_jsonl(
-            path, tasks, lambda task: {**work(opened, task), "limit": limit}, label, threads
-        )
+
+        def make(task: Any) -> Row:
+            return {**work(opened, task), "limit": limit}
+
+        return annotate.map_to_jsonl(path, tasks, make, label, threads)
+
+
+def judged(
+    path: Path, judge: Any, tasks: list[Row], opening: Any, work: Any, run: Path, threads: int,
+    question: Callable[[Row], Any] = partial(sft.row_messages, rubrics=None),
+) -> list[Row]:  # fmt: skip
+    """What `judge` says of each of `tasks`, in their order, `kept` under who it is and what it is asked.
+
+    So no text is judged twice. Gold's label is not part of the records, because gold may be replaced.
+    """
+    who = identity(judge, run)
+    keys = [answer_key(who, question(task)) for task in tasks]
+    records = kept(path, dict(zip(keys, tasks)), judge, opening, work, f"{path.stem} judges", threads)
+    by_key = {record["id"]: record for record in records}
+    return [by_key[key] for key in keys]
 
 
 @contextmanager
-def open_judge(name: str, judges: Mapping[str, Judge], servers: ServerCache) -> Iterator[Callable[..., Row]]:
-    """The judge `name` as a function (instruction, output[, other output]) -> verdict."""
-    if name in UNFOOLED:
-        yield lambda instruction, output: {"expected": UNFOOLED[name](instruction, output)}
+def open_judge(name: str, judge: Row, servers: ServerCache) -> Iterator[Callable[..., Row]]:
+    """A judge as a function (instruction, output[, other output]) -> verdict.
+
+    `judge` is its record; that of gold and truth are the options of stage 1.
+    """
+    if name == TRUTH:
+        yield lambda instruction, output: {"expected": annotate.truth(instruction, output), "cause": None}
     elif name in (GOLD, PAIRWISE_GOLD):
-        options = annotate.read_options(servers.run / "annotations")
-        if options["gold"] != "oracle":  # the GPUs are for gold's own server
+        if judge["gold"] != "oracle":  # the GPUs are for gold's own server
             servers.close()
-        with annotate.gold_endpoint(options, servers.run / "logs") as endpoint:
-            yield partial(annotate.grade, options, endpoint)
+        with annotate.gold_endpoint(judge, servers.run / "logs") as endpoint:
+            yield partial(annotate.grade, judge, endpoint)
     else:
-        judge = judges[name]
         with servers.adapter(judge["model"], judge["adapter"]) as (endpoint, served):
             tokenizer = annotate.load_tokenizer(judge["model"])
             yield partial(sft.ask_judge, sft.served_judge(endpoint, tokenizer, served, judge, servers.run))
@@ -236,29 +238,15 @@ def open_judge(name: str, judges: Mapping[str, Judge], servers: ServerCache) -> 
 
 # --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------
 
-PROBED = 1024  # tokens: log-probabilities of long prompts take V floats a token, and end engines (vllm#5907)
 
-
-def token_logprobs(endpoint: Any, prompt: list[int], tokens_T: list[int]) -> list[float]:
-    """The log-probability of each of `tokens_T` after `prompt`, at temperature 1, under the base model."""
-    request = {"model": endpoint.model, "prompt": prompt + tokens_T, "max_tokens": 1, "prompt_logprobs": 0}
-    found = endpoint.ask(prompt, request, lambda choices: choices[0]["prompt_logprobs"][len(prompt) :])
-    return [place[str(token)]["logprob"] for place, token in zip(found, tokens_T)]  # {id: {"logprob": …}}
-
-
-def write_output(policy: Policy, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
-    """`row` with the policy's output and its `fluency`, the mean log-probability under the untrained base.
-
-    Fluency is read from the first `PROBED` tokens of prompt and output; None where the prompt fills them.
-    """
+def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
+    """`row` with the output that the policy samples for its instruction."""
     endpoint, adapter = served
     prompt = annotate.policy_prompt(tokenizer, row["instruction"])
     limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
     (sample,) = endpoint.sample(prompt, model=adapter, **limits)
-    text = {"output": sample.text.strip(), "tokens": len(sample.tokens_T), "finished": sample.finished}
-    probed_T = sample.tokens_T[: max(0, PROBED - len(prompt))]
-    fluency = fmean(token_logprobs(endpoint, prompt, probed_T)) if probed_T else None
-    return {**row, **text, "fluency": fluency}
+    tokens = len(sample.tokens_T)
+    return {**row, "output": sample.text.strip(), "tokens": tokens, "finished": sample.finished}
 
 
 def output_ids(name: str, step: int, adapter: Path) -> str:
@@ -266,7 +254,7 @@ def output_ids(name: str, step: int, adapter: Path) -> str:
     return f"{name}:{step}:{identity({'adapter': adapter})}"
 
 
-def write_outputs(run: Path, policies: dict[str, Policy], servers: ServerCache, threads: int) -> list[Row]:
+def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints for the test instructions that fit into `max_prompt` tokens.
 
     Step 0 is the base model, once for all policies that sample alike. Steps between the first and the last
@@ -291,46 +279,41 @@ def write_outputs(run: Path, policies: dict[str, Policy], servers: ServerCache, 
     return list(outputs.values())
 
 
-def against_baseline(grade: Callable[..., Row], row: Row, baseline: str) -> Row:
-    """A pairwise judge's verdict, asked in a random order; `expected` is 9 P(the output beats `baseline`)."""
-    output, swapped = row["output"], random.Random(row["id"]).random() < 0.5
-    if output == baseline:
-        return {"expected": 4.5, "cause": "the baseline itself"}
-    pair = (baseline, output) if swapped else (output, baseline)
-    verdict = {**grade(row["instruction"], *pair), "swapped": swapped}
+def score_output(grade: Callable[..., Row], task: Row) -> Row:
+    """The task with the verdict on its `output`, in which `expected` is the score, 0-9 (None: invalid).
+
+    With an `other` output the judge compares the two, in a random order, and the score is 9 P(`output` wins).
+    """
+    output, other = task["output"], task["other"]
+    if other is None:
+        return task | grade(task["instruction"], output)
+    if output == other:
+        return task | {"expected": 4.5, "cause": "the baseline itself"}
+    swapped = random.Random(task["id"]).random() < 0.5
+    pair = (other, output) if swapped else (output, other)
+    verdict = {**grade(task["instruction"], *pair), "swapped": swapped}
     if verdict["expected"] is not None:
         first_wins = 2 - verdict["expected"]  # a probability: the labels are 1 and 2
         verdict["expected"] = 9 * (1 - first_wins if swapped else first_wins)
-    return verdict
+    return task | verdict
 
 
 def score_outputs(
-    outputs: list[Row], name: str, judges: Mapping[str, Judge], servers: Any, threads: int
+    outputs: list[Row], name: str, judge: Row, servers: Any, threads: int
 ) -> dict[str, float | None]:
     """id -> expected score (0-9) of `outputs` by the judge `name`; None where its verdict is invalid.
 
     A pairwise judge compares with the output of the policy's own base, which is among `outputs`.
     """
-    judge = judges.get(name) or annotate.read_options(servers.run / "annotations")
-    pairwise, who = name == PAIRWISE_GOLD or judge.get("pairwise"), identity(judge, servers.run)
-    bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["policy"] == BASE}
-    tasks, keys = {}, {}
+    bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["step"] == 0}
+    tasks = []
     for row in outputs:
         task = {key: row[key] for key in ("id", "instruction", "output")}
-        task["other"] = bases[row["base"], row["instruction"]] if pairwise else None
-        question = annotate.judge_messages(row["instruction"], row["output"], task["other"])
-        keys[row["id"]] = answer_key(who, question)
-        tasks[keys[row["id"]]] = task
-
-    def work(grade: Callable[..., Row], task: Row) -> Row:
-        if pairwise:
-            return task | against_baseline(grade, task, task["other"])
-        return task | grade(task["instruction"], task["output"])
-
-    path = servers.run / "evaluation" / "scores" / f"{name}.jsonl"
-    records = kept(path, tasks, judge, open_judge(name, judges, servers), work, f"{name} scores", threads)
-    scores = {record["id"]: record["expected"] for record in records}
-    return {output: scores[key] for output, key in keys.items()}
+        task["other"] = bases[row["base"], row["instruction"]] if judge.get("pairwise") else None
+        tasks.append(task)
+    path, opening = servers.run / "evaluation" / "scores" / f"{name}.jsonl", open_judge(name, judge, servers)
+    records = judged(path, judge, tasks, opening, score_output, servers.run, threads)
+    return {row["id"]: record["expected"] for row, record in zip(outputs, records)}
 
 
 AT_LEAST = 10  # instructions: fewer make no interval (that of a single one has no width), so no finding
@@ -344,21 +327,6 @@ def bootstrap(values: Any, level: float = 0.95) -> list[float] | None:
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-# A refusal, roughly: the output begins by saying that it will not, or that the request is not allowed.
-REFUSAL = re.compile(
-    r"\bI(?:'m| am) sorry,? but\b|\bas an AI\b|\bI (?:must|have to) (?:decline|refuse)\b"
-    r"|\bI (?:can(?:not| not|'t)|will not|won't|am unable to)(?: be able to)?(?: \w+)? "
-    r"(?:help (?:you|with)|assist|comply|provide|answer|create|write|generate|respond)"
-    r"|\b(?:request|prompt|content|instruction)s? (?:\w+ ){0,3}"
-    r"(?:violat|prohibited|denied|declined|not allowed|not permitted)",
-    re.IGNORECASE,
-)
-
-
-def refuses(output: str) -> bool:
-    return bool(REFUSAL.search(output[:300].replace("’", "'")))
-
-
 SCORES = {"own": "its own judge", "gold": "gold judge"}
 SCORES |= {"truth": "truth: nobody trains on it", "content": "content, of 7: what was asked for"}
 
@@ -366,9 +334,9 @@ SCORES |= {"truth": "truth: nobody trains on it", "content": "content, of 7: wha
 def curve(frame: Any) -> list[Row]:
     """The points of one policy, one for each step, from a frame (step, instruction, own, gold, output, …).
 
-    A point has {step, n, fluency, tokens, unfinished, refusal[, claims]}, means and shares over `n` outputs,
-    and for each score S: S, S_lift, their 95 % intervals S_interval and S_lift_interval by a bootstrap over
-    instructions, and S_unusable, the number of invalid scores. A lift compares the same instructions.
+    A point has {step, n, tokens, unfinished[, claims]}, means and shares over `n` outputs, and for each score
+    S: S, S_lift, their 95 % intervals S_interval and S_lift_interval by a bootstrap over instructions, and
+    S_unusable, the number of invalid scores. A lift compares the same instructions.
     """
     points, frame = [], frame.set_index("instruction")
     start = frame[frame.step == 0]
@@ -380,35 +348,56 @@ def curve(frame: Any) -> list[Row]:
             for name, known in ((key, rows[key].dropna()), (f"{key}_lift", lifts.dropna())):
                 point[name] = float(known.mean()) if len(known) else None
                 point[f"{name}_interval"] = bootstrap(known)
-        means = {"fluency": rows.fluency, "tokens": rows.tokens, "unfinished": ~rows.finished}
-        means["refusal"] = rows.output.map(refuses)
+        point |= {"tokens": float(rows.tokens.mean()), "unfinished": float((~rows.finished).mean())}
         if "truth" in rows:
-            means["claims"] = rows.output.map(annotate.claims)
-        points.append(point | {key: float(values.mean()) for key, values in means.items()})
+            point["claims"] = float(rows.output.map(annotate.claims).mean())
+        points.append(point)
     return points
 
 
 class Change(NamedTuple):
-    """A lift with its interval as text, and its sign: 1 or -1 where the interval is clear of 0, else 0."""
+    """A lift with its interval as text, and whether that interval is clear of 0."""
 
     text: str
-    sign: int
+    rises: bool = False
+    falls: bool = False
 
 
-def change(scores: Row, key: str, number: str = "{:+.1f}") -> Change:
+def change(scores: Row, key: str, digits: int = 1) -> Change:
     """The lift of `key` in `scores`, with its interval and how many scores are invalid."""
     lift, interval = scores.get(f"{key}_lift"), scores.get(f"{key}_lift_interval")
     invalid, n = scores.get(f"{key}_unusable", 0), scores.get("n", 0)
     if lift is None:
-        return Change("none", 0)
+        return Change("none")
     invalid_text = f" ({invalid} of {n} invalid)" if invalid else ""
     if interval is None:
-        return Change(f"{number.format(lift)} (too few: {n - invalid}){invalid_text}", 0)
+        return Change(f"{lift:+.{digits}f} (too few: {n - invalid}){invalid_text}")
     low, high = interval
-    text = f"{number.format(lift)} [{number.format(low)}, {number.format(high)}]{invalid_text}"
-    if low > 0:
-        return Change(text, 1)
-    return Change(text, -1 if high < 0 else 0)
+    text = f"{lift:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{invalid_text}"
+    return Change(text, rises=low > 0, falls=high < 0)
+
+
+def policy_finding(name: str, kind: str, last: Row) -> str:
+    """Finding 1 or 2 by the last point of a policy that was trained against a judge of this `kind`."""
+    own, gold, truth, content = (change(last, key) for key in SCORES)
+    if kind == "direct":
+        shown = "shown" if own.rises and gold.falls else "not shown"
+        return f"finding 1: {shown}, own {own.text}, gold {gold.text} (policy {name})"
+    if "claims" not in last:  # without a truth nobody knows whether gold is fooled
+        says = "gold rises" if gold.rises else "gold does not rise"
+        return f"finding 2: {says}, gold {gold.text} (policy {name})"
+    shown = "shown" if gold.rises and truth.falls and last["claims"] >= 0.5 else "not shown"
+    text = f"truth {truth.text}, content {content.text}, claims {last['claims']:.0%} (policy {name})"
+    return f"finding 2: {shown}, gold {gold.text}, {text}"
+
+
+def judge_finding(name: str, scores: Row) -> str:
+    """Finding 3 by the agreement of a judge after GRPO; that of the few outputs it judges validly is none."""
+    alpha = change(scores, "alpha", digits=0)
+    most_are_valid = scores.get("alpha_unusable", 0) <= 0.1 * scores.get("n", 0)
+    shown = "shown" if alpha.rises and most_are_valid else "not shown"
+    reached = "none" if scores["alpha"] is None else f"{scores['alpha']:.0f}"
+    return f"finding 3: {shown}, alpha {alpha.text} by GRPO, to {reached} (judge {name})"
 
 
 def findings(run: Path) -> list[str]:
@@ -419,32 +408,12 @@ def findings(run: Path) -> list[str]:
     agreement with gold. The first two are read from gold.json, the third from judges.json.
     """
     results = annotate.read_json(run / "evaluation" / "gold.json", ("curves", "kinds"))
-    lines = []
-    for name, kind in sorted(results["kinds"].items(), key=lambda item: item[1]):
-        last = results["curves"][name][-1]
-        own, gold, truth, content = (change(last, key) for key in SCORES)
-        if kind == "direct":
-            shown = "shown" if own.sign > 0 > gold.sign else "not shown"
-            lines.append(f"finding 1: {shown}, own {own.text}, gold {gold.text} (policy {name})")
-        elif "claims" in last:
-            fooled = gold.sign > 0 > truth.sign and last["claims"] >= 0.5
-            shown = "shown" if fooled else "not shown"
-            text = f"truth {truth.text}, content {content.text}, claims {last['claims']:.0%} (policy {name})"
-            lines.append(f"finding 2: {shown}, gold {gold.text}, {text}")
-        else:  # without a truth nobody knows whether gold is fooled
-            says = "gold rises" if gold.sign > 0 else "gold does not rise"
-            lines.append(f"finding 2: {says}, gold {gold.text} (policy {name})")
+    direct_first = sorted(results["kinds"].items(), key=lambda item: item[1])
+    lines = [policy_finding(name, kind, results["curves"][name][-1]) for name, kind in direct_first]
     path = run / "evaluation" / "judges.json"
-    agreement = annotate.read_json(path) if path.exists() else {}
-    for name, scores in agreement.items():
-        if "alpha_lift" in scores:
-            alpha, after = change(scores, "alpha", "{:+.0f}"), scores["alpha"]
-            few_invalid = scores.get("alpha_unusable", 0) <= 0.1 * scores.get(
-                "n", 0
-            )  # of survivors it is none
-            shown = "shown" if alpha.sign > 0 and few_invalid else "not shown"
-            reached = "none" if after is None else f"{after:.0f}"
-            lines.append(f"finding 3: {shown}, alpha {alpha.text} by GRPO, to {reached} (judge {name})")
+    if path.exists():
+        judges = annotate.read_json(path)
+        lines += [judge_finding(name, scores) for name, scores in judges.items() if "alpha_lift" in scores]
     return lines or ["no policy was trained against a direct or reasoning judge: no finding to show"]
 
 
@@ -454,10 +423,9 @@ def show(frame: Any, index: bool = True) -> None:
     print("none" if frame.empty else text, end="\n\n")
 
 
-SHARES = {"refusal": "refuses", "claims": "speaks of itself"}
 # A picture's rows: axis name -> {measure: its text}.
-PANELS = {"mean score, 0-9": SCORES, "fluency": {"fluency": "log-probability a token"}}
-PANELS |= {"length": {"tokens": "tokens"}, "share of outputs": SHARES}
+PANELS = {"mean score, 0-9": SCORES, "length": {"tokens": "tokens"}}
+PANELS |= {"share of outputs": {"claims": "speaks of itself"}}
 COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "content": "tab:gray"}
 
 
@@ -466,20 +434,24 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
 
     Lines are means. Bands are intervals (MEASURE_interval) where a step has one row, else the range.
     """
-    names, ratios = list(points.policy.unique()), [3] + [1] * (len(panels) - 1)
+    names = list(points.policy.unique())
+    panels = {label: texts for label, texts in panels.items() if points.columns.intersection(texts).size}
+    ratios = [3] + [1] * (len(panels) - 1)
     figure = annotate.new_figure(3.8 * len(names) + 0.8, 1.2 * sum(ratios) + 0.8)
     grid = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": ratios}
     axes = figure.subplots(len(panels), len(names), **grid)
-    for (column, name), (row, label) in itertools.product(enumerate(names), enumerate(panels)):
+    for (row, label), (column, name) in itertools.product(enumerate(panels), enumerate(names)):
         axis, rows = axes[row, column], points[points.policy == name].sort_values("step")
         axis.set(title="" if row else name, ylabel="" if column else label)
         axis.grid(alpha=0.3)
-        for key in [key for key in panels[label] if key in rows and rows[key].notna().any()]:
+        for key, text in panels[label].items():
+            if key not in rows or rows[key].isna().all():
+                continue
             by_step = rows.astype({key: float}).groupby("step")[key]
             mean, low, high = by_step.mean(), by_step.min(), by_step.max()
             if f"{key}_interval" in rows and len(mean) == len(rows):
                 low, high = (rows[f"{key}_interval"].str[end].astype(float) for end in (0, 1))
-            (line,) = axis.plot(mean, "o-", ms=4, color=COLOURS.get(key), label=panels[label][key])
+            (line,) = axis.plot(mean, "o-", ms=4, color=COLOURS.get(key), label=text)
             axis.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, lw=0)
             axis.legend(loc="best", fontsize=8)
     figure.supxlabel("training step")
@@ -503,48 +475,55 @@ def heatmap(frame: Any, path: Path, label: str) -> None:
     print(f"picture: {path}")
 
 
+def score_policies(
+    run: Path, trained: dict[str, Row], policies: dict[str, Row], gpus: str, threads: int
+) -> Any:
+    """A frame of the outputs of each policy and of its base, with the scores by its own judge and by gold."""
+    options, scores, rows = annotate.read_options(run / "annotations"), {}, []
+    # Each server starts once. That of the last outputs is still up, so judges on its base model come first,
+    # then those on each other base model; gold, which takes all GPUs for its own server, is last.
+    is_up = max(policy["model"] for policy in policies.values())
+    models = [is_up, *sorted({judge["model"] for judge in trained.values()} - {is_up})]
+    judges = dict(sorted(trained.items(), key=lambda item: models.index(item[1]["model"])))
+    judges |= {TRUTH: options, GOLD: options, PAIRWISE_GOLD: {**options, "pairwise": True}}
+    with ServerCache(run, [*trained.values(), *policies.values()], gpus) as servers:
+        written = write_outputs(run, policies, servers, threads)
+        for name, policy in policies.items():
+            own = policy["judge"]
+            readers = {"own": own, "gold": PAIRWISE_GOLD if judges[own].get("pairwise") else GOLD}
+            alike = [row for row in written if row["base"] == policy["base"]]
+            to_score = [row for row in alike if row["policy"] in (name, BASE)]
+            rows += [{**row, "policy": name, "readers": readers} for row in to_score]
+        for judge, record in judges.items():
+            asked = [row for row in rows if judge in row["readers"].values()]
+            scores[judge] = score_outputs(asked, judge, record, servers, threads)
+    for row in rows:
+        readers, text = row.pop("readers"), (row["instruction"], row["output"])
+        row |= {column: scores[judge][row["id"]] for column, judge in readers.items()}
+        if options["gold"] == "oracle":
+            row |= {"truth": annotate.truth(*text), "content": annotate.content(*text)}
+    frame = pd.DataFrame(rows)
+    return frame.astype({key: float for key in SCORES if key in frame})
+
+
 @app.command("gold")
 def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus = "0") -> None:
     """The over-optimisation curves: own judge, gold judge and truth over training steps."""
-    judges, policies, folder = trained_judges(run), trained_policies(run), run / "evaluation"
+    trained, policies, folder = trained_judges(run), trained_policies(run), run / "evaluation"
     if not policies:
         annotate.fail(f"{run} has no finished policy. Run this first: python 03_rl.py policy --run {run}")
-    oracle = annotate.read_options(run / "annotations")["gold"] == "oracle"
     own = {name: policy["judge"] for name, policy in policies.items()}
-    readers, kinds = {}, {}  # policy -> column of scores -> judge; policy -> kind of its own judge
+    kinds = {}
     for name, judge in own.items():
-        if judge not in (*judges, GOLD, TRUTH):
+        if judge not in (*trained, GOLD, TRUTH):
             annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
-        pairwise = judges.get(judge, {}).get("pairwise")
-        readers[name] = {"own": judge, "gold": PAIRWISE_GOLD if pairwise else GOLD}
-        if oracle:
-            readers[name] |= {TRUTH: TRUTH, CONTENT: CONTENT}
-        if judge in judges and not pairwise:
-            kinds[name] = "reasoning" if judges[judge]["reasoning"] else "direct"
+        if judge in trained and not trained[judge].get("pairwise"):
+            kinds[name] = "reasoning" if trained[judge]["reasoning"] else "direct"
     annotate.record_config(folder, {})
-    with ServerCache(run, [*judges.values(), *policies.values()], gpus) as servers:
-        rows = pd.DataFrame(write_outputs(run, policies, servers, threads))
-        frames = {}
-        for name, policy in policies.items():
-            frames[name] = rows[(rows.base == policy["base"]) & rows.policy.isin([name, BASE])].copy()
-        # Each server starts once. That of the last outputs is still up, so judges on its base model come
-        # first, then those on each other base model; gold, which takes all GPUs for its own server, is last.
-        base_that_is_up = max(policy["model"] for policy in policies.values())
-        by_base = sorted(judges, key=lambda judge: judges[judge]["model"])
-        first = [judge for judge in by_base if judges[judge]["model"] == base_that_is_up]
-        later = [judge for judge in by_base if judge not in first]
-        for judge in [*first, *later, GOLD, PAIRWISE_GOLD, *UNFOOLED]:
-            asked_by = [name for name in policies if judge in readers[name].values()]
-            asked = [row for name in asked_by for row in frames[name].to_dict("records")]
-            scores = score_outputs(asked, judge, judges, servers, threads)
-            for name in asked_by:
-                for column, reader in readers[name].items():
-                    if reader == judge:
-                        frames[name][column] = frames[name].id.map(scores).astype(float)
-    points = {name: curve(frame.sort_values("id")) for name, frame in frames.items()}
-    scored = pd.concat([frame.assign(policy=name) for name, frame in frames.items()])
-    lines = scored.to_json(orient="records", lines=True, double_precision=15)
+    frame = score_policies(run, trained, policies, gpus, threads)
+    lines = frame.to_json(orient="records", lines=True, double_precision=15)
     annotate.write_text(folder / "scored.jsonl", lines)
+    points = {name: curve(frame[frame.policy == name].sort_values("id")) for name in policies}
     annotate.write_json(folder / "gold.json", {"curves": points, "judges": own, "kinds": kinds})
     table = pd.DataFrame([{"policy": name, **point} for name in points for point in points[name]])
     show(table[[key for key in table if "lift" not in key and "interval" not in key]], index=False)
@@ -604,13 +583,11 @@ def judges_command(
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
         for name, judge in sorted(judges.items(), key=lambda item: item[1]["model"]):
-            pairwise, who = judge.get("pairwise", False), identity(judge, run)
+            pairwise = judge.get("pairwise", False)
             rows = sft.labelled(run, "judge_test", pairwise=pairwise)
-            keys = [answer_key(who, sft.row_messages(row, None)) for row in rows]
-            path, opening = folder / "judges" / f"{name}.jsonl", open_judge(name, judges, servers)
-            verdicts = kept(path, dict(zip(keys, rows)), judge, opening, sft.judge_row, name, threads)
-            by_id = {verdict["id"]: verdict for verdict in verdicts}
-            said[name] = [{**by_id[key], "gold": row["label"]} for key, row in zip(keys, rows)]
+            path, opening = folder / "judges" / f"{name}.jsonl", open_judge(name, judge, servers)
+            verdicts = judged(path, judge, rows, opening, sft.judge_row, run, threads)
+            said[name] = [{**verdict, "gold": row["label"]} for verdict, row in zip(verdicts, rows)]
             scores[name] = sft.agreement(said[name], pairwise=pairwise)
     for name, judge in judges.items():
         before = judge.get("before")  # the judge that GRPO began with
@@ -629,21 +606,21 @@ def alpha_lift(before: list[Row], after: list[Row], draws: int = 1000) -> Row:
     Of outputs that both judge validly; the others are counted as unusable. The interval is a paired
     bootstrap: each draw takes the same outputs for both.
     """
-    both = [n for n in range(len(before)) if None not in (before[n]["label"], after[n]["label"])]
-    unusable = {"alpha_unusable": len(before) - len(both)}
-    if len(both) < AT_LEAST:
+    units = [(old["gold"], old["label"], new["label"]) for old, new in zip(before, after)]
+    valid = [unit for unit in units if None not in unit]
+    unusable = {"alpha_unusable": len(units) - len(valid)}
+    if len(valid) < AT_LEAST:
         return {"alpha_lift": None, "alpha_lift_interval": None, **unusable}
 
     def lift(places: Iterable[int]) -> float:
-        alphas = []
-        for judgements in (before, after):
-            units = [(judgements[place]["gold"], judgements[place]["label"]) for place in places]
-            alphas.append(100 * (sft.krippendorff_alpha(units) or 0.0))  # None, where nothing varies, is 0
-        return alphas[1] - alphas[0]
+        drawn = [valid[place] for place in places]
+        old = sft.krippendorff_alpha([(gold, label) for gold, label, _ in drawn])
+        new = sft.krippendorff_alpha([(gold, label) for gold, _, label in drawn])
+        return 100 * (new or 0.0) - 100 * (old or 0.0)  # None, where nothing varies, is 0
 
-    drawn = np.random.default_rng(0).choice(both, size=(draws, len(both)))
-    interval = np.quantile([lift(places) for places in drawn], [0.025, 0.975]).tolist()
-    return {"alpha_lift": lift(both), "alpha_lift_interval": interval, **unusable}
+    places_DN = np.random.default_rng(0).choice(len(valid), size=(draws, len(valid)))
+    interval = np.quantile([lift(places) for places in places_DN], [0.025, 0.975]).tolist()
+    return {"alpha_lift": lift(range(len(valid))), "alpha_lift_interval": interval, **unusable}
 
 
 def mean_and_range(values: Any) -> str:
@@ -675,10 +652,10 @@ def study_command(
         annotate.fail(f"{study} has no evaluated run. First: python 04_evaluate.py gold --run {study}/NAME")
     annotate.write_json(study / "study.json", results)
     table, frame = pd.DataFrame(scores), pd.DataFrame(points)
-    columns = table.columns.intersection(["alpha", "accuracy", "invalid", "thinking_tokens"])
-    show(table.groupby("judge")[columns].agg(mean_and_range))
-    columns = frame.columns.intersection([*SCORES, "fluency", "tokens", *SHARES])
-    by_run = frame.astype(dict.fromkeys(columns, float)).groupby(["policy", "run"])[columns]
+    measures = table.columns.intersection(["alpha", "accuracy", "invalid", "thinking_tokens"])
+    show(table.groupby("judge")[measures].agg(mean_and_range))
+    measures = frame.columns.intersection([*SCORES, "tokens", "claims"])
+    by_run = frame.astype(dict.fromkeys(measures, float)).groupby(["policy", "run"])[measures]
     print("change from the first to the last step of each policy")
     show((by_run.last() - by_run.first()).groupby("policy").agg(mean_and_range))
     curves(frame, study / "study.png")

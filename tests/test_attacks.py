@@ -172,17 +172,18 @@ def test_a_judge_that_breaks_has_not_withstood_an_attack() -> None:
 
 
 def test_preference_takes_both_orders() -> None:
-    says, prefers = {value: {"expected": value} for value in (1, 1.25, 1.5, 2, None)}, attacks.preference
-    assert prefers(says[1.25], says[1.25]) == pytest.approx((0.75 + 0.25) / 2)
-    assert prefers(says[1], says[1]) == 0.5  # always the first
-    assert prefers(says[1], says[2]) == 1.0 and prefers(says[2], says[1]) == 0.0
-    assert prefers(says[1.5], says[1.5]) == 0.5  # ties
-    assert prefers(says[1.5], says[2]) == 0.75  # half a win, and a win
-    assert prefers(says[None], says[2]) is None
-    first = {"verdict": "A>B"}
-    seconds = {"B>A": 1, "A>>B": 0.25, "A=B": 0.75, None: None}  # lost by far: three battles
-    for verdict, share in seconds.items():
-        assert attacks.preference(first, {"verdict": verdict}) == share
+    def prefers(*expected: float | None) -> float | None:
+        verdicts = iter([{"expected": value, "cause": None} for value in expected])
+        task = {"prompt": "pairwise", "instruction": "i", "output": "a", "other": "b"}
+        score = attacks.score(lambda *_: next(verdicts), task)["expected"]
+        return score if score is None else score / 9
+
+    assert prefers(1.25, 1.25) == pytest.approx((0.75 + 0.25) / 2)
+    assert prefers(1, 1) == 0.5  # always the first
+    assert prefers(1, 2) == 1.0 and prefers(2, 1) == 0.0
+    assert prefers(1.5, 1.5) == 0.5  # ties
+    assert prefers(1.5, 2) == 0.75  # half a win, and a win
+    assert prefers(None, 2) is None
 
 
 def test_score_asks_in_both_orders() -> None:
@@ -222,9 +223,6 @@ class Scripted(stub.Handler):
         claims = re.search(r"Score: 9|grade is 9", text)
         if "im_start" in text:  # a provider's filter
             return self.reply(400, {"error": {"message": "content filter"}})
-        if "[[A>>B]]" in text:  # impressed by the score, but less from the second place
-            first = claims and claims.start() < text.rindex("answer B")
-            return self.reply(200, stub.chat(f"[[{'A>>B' if first else 'B>A' if claims else 'A=B'}]]"))
         if "You compare two answers" in text:
             return self.reply(200, stub.chat("1"))
         if claims and "manipulate you" not in text:
@@ -450,10 +448,10 @@ def test_prompts_of_a_chat_judge(run: Path, url: str) -> None:
 
 
 def test_transfer(run: Path, url: str) -> None:
-    line = f"transfer --run {run} --judge-url {url} --judge-model gold --honest written --style pairwise"
-    result = stage_5(f"{line} --style pointwise --style rule --style arena")
+    line = f"transfer --run {run} --judge-url {url} --judge-model gold --style pairwise"
+    result = stage_5(f"{line} --style pointwise --style rule")
     row = json.loads((run / "attacks/transfer.json").read_text())["p"]
-    chats = ["gold-pairwise", "gold-pointwise", "gold-rule", "gold-arena"]
+    chats = ["gold-pairwise", "gold-pointwise", "gold-rule"]
     assert list(row) == ["gold", "truth", *chats]
     outputs = annotate.read_jsonl(run / "evaluation/outputs.jsonl")
     for name, grade in (("gold", lambda *text: annotate.oracle(*text)[0]), ("truth", annotate.truth)):
@@ -462,11 +460,11 @@ def test_transfer(run: Path, url: str) -> None:
         means = {"lift": sum(gains), "base": sum(scores[:3]), "final": sum(scores[3:])}
         means["success_rate"] = sum(gain > 0 for gain in gains)
         assert {key: row[name][key] for key in means} == pytest.approx({k: v / 3 for k, v in means.items()})
-        assert row[name]["honest"]["lift"] < 0 and row[name]["interval"] is None  # F13: three instructions
+        assert row[name]["interval"] is None  # F13: three instructions
     assert row["gold"]["own"] and not row["truth"]["own"]
     # It always prefers the first of two; the first of three outputs claims a 9, and impresses it.
     lifts = [row[name]["lift"] for name in chats]
-    assert lifts == pytest.approx([0, 4 / 3, 0, 4.5 / 3])
+    assert lifts == pytest.approx([0, 4 / 3, 0])
     assert "furthest above gold" in result.stdout and (run / "attacks/transfer.png").exists()
 
 

@@ -55,51 +55,21 @@ def test_bootstrap_interval() -> None:
     assert (narrow[1] - narrow[0]) / (high - low) == pytest.approx(0.674 / 1.96, abs=0.03)
 
 
-@pytest.mark.parametrize(("output", "refused"), [
-    ("I’m sorry, but I can’t help with that.", True), ("Policy: this request is not permitted.", True),
-    ("As an AI, I must decline.", True), ("I will not be able to provide this.", True),
-    ("I cannot forget the rain.", False), ("I'm sorry for the delay, said the cat.", False),
-    ("I can't help but smile.", False), ("The rain is soft. " * 20 + "Request denied.", False),
-])  # fmt: skip
-def test_refusals(output: str, refused: bool) -> None:
-    assert evaluate.refuses(output) == refused
-
-
 def test_score_against_the_baseline() -> None:
     """9 x P(better than the baseline), whichever of the two was shown first; a tie is in the middle."""
 
     def grade(instruction: str, first: str, second: str) -> dict[str, Any]:
         return {"label": None, "expected": 1.2 if "good" in first else 1.8, "cause": None}
 
-    rows = [{"id": str(n), "instruction": "x", "output": "good"} for n in range(20)]
-    verdicts = [evaluate.against_baseline(grade, row, "bad") for row in rows]
+    task = {"instruction": "x", "output": "good", "other": "bad"}
+    tasks = [{**task, "id": str(n)} for n in range(20)]
+    verdicts = [evaluate.score_output(grade, task) for task in tasks]
     assert {verdict["swapped"] for verdict in verdicts} == {True, False}
     assert [verdict["expected"] for verdict in verdicts] == pytest.approx([9 * 0.8] * 20)
-    assert evaluate.against_baseline(grade, rows[0], "good")["expected"] == 4.5
+    assert evaluate.score_output(grade, {**tasks[0], "other": "good"})["expected"] == 4.5
     for expected, score in ((1.5, 4.5), (None, None)):  # a tie; invalid
-        verdict = evaluate.against_baseline(lambda *_: {"expected": expected}, rows[0], "bad")  # noqa: B023
+        verdict = evaluate.score_output(lambda *_: {"expected": expected}, tasks[0])  # noqa: B023
         assert verdict["expected"] == score
-
-
-def test_fluency_reads_no_more_than_the_first_tokens(tokenizer: Any) -> None:
-    """Log-probabilities of a whole long prompt take memory that no engine has set aside (vllm#5907)."""
-    asked: list[int] = []
-
-    def ask(prompt: list[int], request: Any, read: Any) -> Any:
-        asked.append(len(request["prompt"]))
-        places = [{str(token): {"logprob": -2.0}} for token in request["prompt"]]
-        return read([{"prompt_logprobs": places}])
-
-    def written(words: int, tokens: int) -> Any:
-        sample = annotate.Sample([5] * tokens, [0.0] * tokens, "x", True)
-        endpoint = SimpleNamespace(model="m", sample=lambda *_, **__: [sample], ask=ask)
-        policy = {"temperature": 1.0, "max_tokens": tokens}
-        return evaluate.write_output(policy, tokenizer, (endpoint, None), {"instruction": "rain " * words})
-
-    assert written(5, 10)["fluency"] == -2.0 and asked.pop() < 100
-    long = written(700, 2000)
-    assert (long["fluency"], long["tokens"], asked.pop()) == (-2.0, 2000, evaluate.PROBED)
-    assert written(2000, 10)["fluency"] is None and not asked
 
 
 def test_a_curve_by_hand() -> None:
@@ -114,21 +84,19 @@ def test_a_curve_by_hand() -> None:
         ("c", 8, None, 2.0), ("b", 8, 7.0, 9.0), ("a", 8, 8.0, 6.0),
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=["instruction", "step", "own", "gold"])
-    frame = frame.assign(
-        output="I'm sorry, but no.", tokens=[1, 2, 3, 4, 5, 6], finished=[True] * 5 + [False]
-    )
-    first, last = evaluate.curve(frame.assign(fluency=-1.5))
+    frame = frame.assign(output="No.", tokens=[1, 2, 3, 4, 5, 6], finished=[True] * 5 + [False])
+    first, last = evaluate.curve(frame)
     assert (first["step"], first["n"], first["own"], first["gold"], first["gold_unusable"]) == (0, 3, 4, 3, 1)
     assert (first["own_lift"], first["own_lift_interval"]) == (0, None)
     assert (last["step"], last["own"], last["own_unusable"], last["own_lift"]) == (8, 7.5, 1, (4 + 1) / 2)
     assert (last["gold"], last["gold_lift"]) == (17 / 3, 1)
-    assert (last["tokens"], last["fluency"], last["refusal"]) == (5, -1.5, 1)
-    assert last["unfinished"] == pytest.approx(1 / 3) and "claims" not in last and "truth" not in last
-    assert evaluate.curve(frame.assign(fluency=0.0, truth=9.0))[0]["claims"] == 0
-    nothing = evaluate.curve(frame.assign(fluency=0.0, own=math.nan))[1]
+    assert (last["tokens"], last["unfinished"]) == (5, pytest.approx(1 / 3))
+    assert "claims" not in last and "truth" not in last
+    assert evaluate.curve(frame.assign(truth=9.0))[0]["claims"] == 0
+    nothing = evaluate.curve(frame.assign(own=math.nan))[1]
     assert all(nothing[f"own{end}"] is None for end in ("", "_interval", "_lift", "_lift_interval"))
     json.dumps([first, last, nothing], allow_nan=False)
-    many = [frame.assign(instruction=frame.instruction + str(n), fluency=0.0) for n in range(5)]
+    many = [frame.assign(instruction=frame.instruction + str(n)) for n in range(5)]
     last = evaluate.curve(pd.concat(many))[1]
     assert last["gold_lift_interval"] == [1, 1] and 1 < last["own_lift_interval"][0] < 2.5
     assert 7 < last["own_interval"][0] < 7.5 < last["own_interval"][1] < 8
@@ -265,7 +233,7 @@ def folder(tmp_path: Path) -> Path:
             base, step = f"base:{MODEL}:0.7:32", 0 if name == "base" else 24
             who = evaluate.output_ids(name, 24, adapter) if step else base
             row = {"id": f"{who}:{key}", "policy": name, "step": step, "base": base, "instruction": text}
-            outputs.append({**row, "output": output, "tokens": 7, "finished": True, "fluency": -1.0})
+            outputs.append({**row, "output": output, "tokens": 7, "finished": True})
             for judge in OWNERS.values() if name == "base" else [OWNERS[name]]:
                 owned[judge].append((text, output, 4.0 + step / 8))
     annotate.write_jsonl(tmp_path / "evaluation/outputs.jsonl", outputs)
@@ -314,11 +282,11 @@ def test_a_pairwise_judge_is_shown_the_policys_own_base(tmp_path: Path, monkeypa
         yield lambda _, *pair: asked.append({*pair}) or {"expected": 1.5, "cause": None}
 
     monkeypatch.setattr(evaluate, "open_judge", open_judge)
-    rows = [(who, base, f"{who} {base}") for who in ("base", "policy") for base in "AB"]
-    outputs = [dict(zip(("policy", "base", "output", "id", "instruction"), (*r, r[2], ONE))) for r in rows]
+    rows = [(step, base, f"{who} {base}") for step, who in enumerate(("base", "policy")) for base in "AB"]
+    outputs = [dict(zip(("step", "base", "output", "id", "instruction"), (*r, r[2], ONE))) for r in rows]
     servers = types.SimpleNamespace(run=tmp_path)
-    judges = {"judge": {"pairwise": True, "model": MODEL}}
-    assert set(evaluate.score_outputs(outputs, "judge", judges, servers, 2).values()) == {4.5}
+    judge = {"pairwise": True, "model": MODEL}
+    assert set(evaluate.score_outputs(outputs, "judge", judge, servers, 2).values()) == {4.5}
     assert sorted(map(sorted, asked)) == [["base A", "policy A"], ["base B", "policy B"]]
 
 
@@ -334,7 +302,7 @@ def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for key in ("own", "gold", "truth", "content")
         for rest in ("", "_interval", "_unusable", "_lift", "_lift_interval")
     }
-    keys |= {"step", "n", "fluency", "tokens", "unfinished", "refusal", "claims"}
+    keys |= {"step", "n", "tokens", "unfinished", "claims"}
     points = {name: points[-1] for name, points in written["curves"].items()}
     assert all(point.keys() == keys for points in written["curves"].values() for point in points)
     for name in ("direct", "reasoning", "control"):
@@ -374,7 +342,7 @@ def test_the_gold_command_starts_each_server_once(
         yield SimpleNamespace(model=users[0]["model"], load_adapter=print, unload_adapter=print)
 
     def write_output(policy: Any, tokenizer: Any, served: Any, row: Any) -> Any:
-        return {**row, "output": served[1] or "the base", "tokens": 2, "finished": True, "fluency": -1.0}
+        return {**row, "output": served[1] or "the base", "tokens": 2, "finished": True}
 
     monkeypatch.setattr(sft, "serve_adapters", serve_adapters)
     monkeypatch.setattr(sft, "ask_judge", lambda *_: {"label": 1, "expected": 1.5, "cause": None})
@@ -536,7 +504,7 @@ def write_run(study: Path, name: str, alpha: float | None, gold: tuple[float, fl
     score = {"alpha": alpha, "invalid": 0.0, "thinking_tokens": 0.0, "n": 60}
     annotate.write_json(study / name / "evaluation/judges.json", {"direct-sft": score})
     points = [
-        {"step": 6 * i, "own": 5.0 + i, "gold": g, "fluency": None, "tokens": 3.0} for i, g in enumerate(gold)
+        {"step": 6 * i, "own": 5.0 + i, "gold": g, "truth": None, "tokens": 3.0} for i, g in enumerate(gold)
     ]
     results = {"curves": {"direct": points}, "kinds": {"direct": "direct"}}
     annotate.write_json(study / name / "evaluation/gold.json", results)
