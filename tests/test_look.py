@@ -73,6 +73,8 @@ def run(tmp_path: Path) -> Path:
         for n, text in enumerate(texts):
             row = {"id": f"{who}:{n}", "policy": name, "step": 0 if name == "base" else 4, "base": base}
             row |= {"instruction": TEXTS[n], "output": text, "tokens": 7, "finished": True}
+            if name == "base":
+                row["fluency"] = -1.0  # which an earlier version wrote
             outputs.append(row)
             for judge in own if name == "base" else [name]:
                 own[judge].append((row["instruction"], text, None if n == 1 else 4.0 + n / 7))
