@@ -520,11 +520,7 @@ def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
     for n in range(PROOFS):
         tasks[f"{n}-right"] = rows[n]
         tasks[f"{n}-wrong"] = {**rows[n], "output": rows[n + PROOFS]["output"]}
-
-    def work(row: Row) -> Row:
-        return {**row, **grade(gold, endpoint, row["instruction"], row["output"])}
-
-    records = map_to_jsonl(path, tasks, work, "gold's proof", threads)
+    records = map_to_jsonl(path, tasks, partial(label_row, gold, endpoint), "gold's proof", threads)
     pairs = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
     passed = sum(None not in pair and pair[0] > pair[1] for pair in pairs)
     print(f"{gold['gold']}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
@@ -648,7 +644,7 @@ def main(
     rubrics: Annotated[bool, Option("--rubrics", help="Also let gold write rubrics; also later.")] = False,
     pairs: Annotated[bool, Option("--pairs", help="Also let gold compare outputs; also later.")] = False,
 ) -> None:
-    options = dict(locals())  # all options by name, while nothing else has a value
+    options = dict(locals())  # the options by their names: nothing else has a value yet
     for name in ("run", "efforts", "rubrics", "pairs"):  # the last three may be given later, too
         del options[name]
     also = [effort for effort in efforts.split(",") if effort]
@@ -1068,15 +1064,15 @@ class Endpoint:
     def ask(self, prompt: Any, request: Row, read: Callable[[list[Row]], Any]) -> Any:
         """What `read` makes of the choices with which the server answers `request`, a completion or a chat.
 
-        Of several replicas, the same `prompt` always goes to the same, which has it in its cache. If there is
-        no answer:
+        Of several replicas, the same `prompt` always goes to the same one, which has it in its cache. And if
+        there is no answer:
 
-        the server says, in the end                    what becomes of the request
-        400 or 422: a parameter is not supported       it is sent again, as all later ones, without this one
-        400, 413, 422 for another reason               `NoAnswer`: its record gets no label, and the cause
-        5xx, nothing in time, no choices, a cut        the same, and a later run asks again
-          connection; but it still answers others
-        anything else (key, model, a dead server)      the client's own error, which ends the command
+        what comes back, after all repetitions        what becomes of the request
+        400, 422: a parameter is not supported        it is sent again without it, as all later ones
+        400, 413, 422 for another reason              `NoAnswer`: its record has no label, and says why
+        5xx, nothing in time, a cut connection or     `NoAnswer` too; but it is asked again when the
+          no choices, while others are answered         command is run again
+        anything else (key, model, a dead server)     the client's own error, which ends the command
         """
         client = self.clients[hash(str(prompt)) % len(self.clients)]
         path = "/chat/completions" if "messages" in request else "/completions"

@@ -774,7 +774,7 @@ def main(
         str, Option(callback=check_name, help="RUN/judges/NAME-sft. Default: direct or reasoning, variant.")
     ] = "",
 ) -> None:
-    options = dict(locals())  # all options by name, while nothing else has a value
+    options = dict(locals())  # the options by their names: nothing else has a value yet
     del options["run"], options["name"]
     gold = annotate.read_options(run / "annotations")
     options["lora_modules"] = modules_of(gold["preset"])

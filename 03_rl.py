@@ -637,7 +637,7 @@ def train_judge(
     seed: annotate.Seed = 0,
 ) -> None:
     """Train a judge on gold labels (eq. 1)."""
-    options = dict(locals())  # all options by name, while nothing else has a value
+    options = dict(locals())  # the options by their names: nothing else has a value yet
     del options["run"]
     judge = judge.removesuffix("-sft")
     folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
@@ -690,7 +690,7 @@ def train_policy(
     seed: annotate.Seed = 0,
 ) -> None:
     """Train a policy against a judge (its expected score), or, as a control, straight on gold or truth."""
-    options = dict(locals())  # all options by name, while nothing else has a value
+    options = dict(locals())  # the options by their names: nothing else has a value yet
     del options["run"]
     folder = run / "policies" / (name or judge)
     adapter, gold = None, annotate.read_options(run / "annotations")
