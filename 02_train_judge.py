@@ -183,7 +183,9 @@ Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 SAVE_EVERY = 10  # optimiser steps: what a killed run loses at most
 
 
-def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "", pairwise: bool = False) -> Any:
+def labelled(
+    run: Path, split: str, reasoning: bool = False, effort: str = "", pairwise: bool = False
+) -> list[Row]:
     """The annotated outputs (or pairs) of `split` that carry a gold label (and a reasoning, if asked for).
 
     `effort`: another than that of labels.jsonl, and only examples that got the same label at both.

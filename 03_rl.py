@@ -497,7 +497,7 @@ def judge_to_please(options: Options, run: Path, address: Any) -> Ask:
 def train_rank(
     options: Options, run: Path, folder: Path, ids: set[str], sampler: Any, judge: Any = None
 ) -> None:
-    """Train on the rows `ids`, as one rank. `sampler`, `judge`: of each server, what makes an Endpoint."""
+    """Train on the rows `ids`, as one rank. `sampler`, `judge`: addresses of the servers."""
     if options["task"] == "judge":
         task = judge_task(options, run)
     else:
@@ -545,6 +545,7 @@ def train(
             endpoints.append(serve([judge], judge_gpus, train_gpus, gpus))
         if adapter:
             endpoints[1].load_adapter("judge", adapter)
+        # What a rank builds its own endpoints from, since open connections do not pickle; 2: retries.
         addresses = [(endpoint.url, endpoint.key, endpoint.model, 2) for endpoint in endpoints]
         sft.on_ranks(train_rank, train_gpus, options, run, folder, ids, *addresses)
     shutil.rmtree(folder / "served", ignore_errors=True)
@@ -641,7 +642,8 @@ def train_judge(
     """Train a judge on gold labels (eq. 1)."""
     options = {key: value for key, value in ctx.params.items() if key != "run"}
     judge = judge.removesuffix("-sft")
-    folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
+    default = f"{judge}-base" if start == "base" else judge
+    folder = run / "judges" / f"{name or default}-rl"
     source, record = sft.find_judge(run, f"{judge}-sft")
     adapter = f"judges/{source.name}/{record['adapter']}" if start == "sft" else ""  # wherever the run lies
     options["max_tokens"] = record["max_thinking"]
@@ -653,8 +655,8 @@ def train_judge(
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         before = source.name if adapter else ""  # stage 4 compares agreement before and after
-        record |= {"adapter": f"checkpoints/step-{steps:06d}", "before": before}
-        train(options, run, folder, record, judge_gpus)
+        trained = {**record, "adapter": f"checkpoints/step-{steps:06d}", "before": before}
+        train(options, run, folder, trained, judge_gpus)
     report(folder)
 
 
