@@ -183,8 +183,8 @@ Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 SAVE_EVERY = 10  # optimiser steps: what a killed run loses at most
 
 
-def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "", pairwise: bool = False) -> Any:
-    """The annotated outputs (or pairs) of `split` that carry a gold label (and a reasoning, if asked for).
+def labelled(run: Path, split: str, effort: str = "", pairwise: bool = False) -> list[Row]:
+    """The annotated outputs (or pairs) of `split` that carry a gold label.
 
     `effort`: another than that of labels.jsonl, and only examples that got the same label at both.
     """
@@ -196,13 +196,14 @@ def labelled(run: Path, split: str, reasoning: bool = False, effort: str = "", p
     path = run / "annotations" / f"{name}.jsonl"
     annotate.require(path.with_suffix(".json"), f"01_annotate.py --run {run} {option}")
     rows = annotate.read_jsonl(path, ["id", "split", "instruction", "output", "label", "reasoning"])
-    rows = [row for row in rows if row["split"] == split and row["label"] is not None]
-    return [row for row in rows if row["reasoning"] or not reasoning]
+    return [row for row in rows if row["split"] == split and row["label"] is not None]
 
 
 def training_rows(options: Options, run: Path) -> list[Row]:
     """The examples to train on, the same on every rank."""
-    rows = labelled(run, "judge_train", options["reasoning"], options["effort"], options["pairwise"])
+    rows = labelled(run, "judge_train", options["effort"], options["pairwise"])
+    if options["reasoning"]:
+        rows = [row for row in rows if row["reasoning"]]
     if not rows or options["examples"] > len(rows):
         fail(f"{run}/annotations: {len(rows)} examples to train on, --examples {options['examples']}.")
     if options["examples"]:
@@ -524,8 +525,15 @@ def served_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Row
     return Judge(endpoint, tokenizer, adapter, **settings, pairwise=record.get("pairwise", False))
 
 
-def serve_adapters(records: Sequence[Row], run: Path, gpus: str, count: int = 1, memory: float = 0.9) -> Any:
-    """A server of one base model for the adapters of `records` (judges or policies), `count` at a time."""
+def serve_adapters(
+    records: Sequence[Row], run: Path, gpus: str, count: int = 1, others: Sequence[str] = ()
+) -> Any:
+    """A server of one base model for the adapters of `records` (judges or policies), `count` at a time.
+
+    It takes 0.9 of the memory of its `gpus`, and half of that for each of `others` that works on them too.
+    """
+    neighbours = [other for other in others if set(gpus.split(",")) & set(other.split(","))]
+    memory = 0.9 / 2 ** len(neighbours)
     rooms = [r["max_prompt"] + r.get("max_thinking", 0) + r.get("max_tokens", 0) + 16 for r in records]
     modules = sorted({module for record in records for module in record["lora_modules"]})
     lora = {"rank": max(record["lora_rank"] for record in records), "count": count, "modules": modules}

@@ -6,7 +6,7 @@
 What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ of stage 2 (--from base: its settings only)
 What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
                 checkpoints/step-000004/ …   PEFT adapters
-                metrics.jsonl                one record a step; reward.png draws it
+                metrics.jsonl                one record a step; reward.png draws four of its columns
                 rollouts.jsonl               outputs with their rewards, some of each step
 
 A step, as in nearly every RL of language models today:
@@ -403,13 +403,11 @@ def judge_task(options: Options, run: Path) -> Task:
         return sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
 
     def rewards(row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
-        rewards_G, notes_G = [], []
-        for sample in samples_G:
-            label = read_score(sample.text, judge["reasoning"], labels) if sample.finished else None
-            cause = "ill-formed" if label is None else None
-            rewards_G.append(reward(label, row["label"]))
-            notes_G.append({"label": label, "gold": row["label"], "cause": cause})
-        return rewards_G, notes_G
+        read_G = [read_score(s.text, judge["reasoning"], labels) if s.finished else None for s in samples_G]
+        causes_G = ["ill-formed" if label is None else None for label in read_G]
+        gold = row["label"]
+        notes_G = [{"label": x, "gold": gold, "cause": cause} for x, cause in zip(read_G, causes_G)]
+        return [reward(label, gold) for label in read_G], notes_G
 
     start = run / options["start_adapter"] if options["start_adapter"] else None
     return Task(sft.labelled(run, "judge_train", pairwise=pairwise), prompt, rewards, start)
@@ -481,7 +479,7 @@ GOLD, TRUTH = "gold", "truth"  # in place of a judge: the controls
 
 
 def judge_to_please(options: Options, run: Path, address: Any) -> Ask:
-    """The judge of a policy, as a function; `address`: of the server that plays it, None for a control."""
+    """The judge of a policy, as a function; `address`: of the server that plays it, if we serve it."""
     record = options["judge_record"]
     if record:
         endpoint, tokenizer = annotate.Endpoint(*address), annotate.load_tokenizer(record["model"])
@@ -494,25 +492,14 @@ def judge_to_please(options: Options, run: Path, address: Any) -> Ask:
     return partial(annotate.grade, gold, endpoint)
 
 
-def train_rank(
-    options: Options, run: Path, folder: Path, ids: set[str], sampler: Any, judge: Any = None
-) -> None:
-    """Train on the rows `ids`, as one rank. `sampler`, `judge`: of each server, what makes an Endpoint."""
+def train_rank(options: Options, run: Path, folder: Path, ids: set[str], sampler: Any, judge: Any) -> None:
+    """Train on the rows `ids`, as one rank. `sampler`, `judge`: addresses of the servers."""
     if options["task"] == "judge":
         task = judge_task(options, run)
     else:
         task = policy_task(options, run, judge_to_please(options, run, judge))
     task.rows = [row for row in task.rows if row["id"] in ids]
     grpo(options, folder, annotate.Endpoint(*sampler), task)
-
-
-def memory_share(gpus: str, *others: str) -> float:
-    """The share of its GPUs' memory for a server: 0.9, halved for each of the others that has one of them."""
-    share = 0.9
-    for other in others:
-        if set(gpus.split(",")) & set(other.split(",")):
-            share /= 2
-    return share
 
 
 def train(
@@ -528,44 +515,33 @@ def train(
     if not ids:
         fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
     judge, judge_gpus, train_gpus = options["judge_record"], options["judge_gpus"], options["train_gpus"]
+    if adapter is None:  # a judge in training, or a control: there is no judge to serve
+        servers = [sft.serve_adapters([options], run, gpus, 1, [train_gpus])]
+    elif judge["model"] == options["model"]:  # one server plays both
+        gpus = ",".join(sorted({*gpus.split(","), *judge_gpus.split(",")}))
+        servers = [sft.serve_adapters([options, judge], run, gpus, 2, [train_gpus])]
+    else:
+        servers = [sft.serve_adapters([options], run, gpus, 1, [train_gpus, judge_gpus])]
+        servers.append(sft.serve_adapters([judge], run, judge_gpus, 1, [train_gpus, gpus]))
     with contextlib.ExitStack() as stack:
-
-        def serve(users: list[Row], on: str, *others: str) -> Any:
-            memory = memory_share(on, *others)
-            return stack.enter_context(sft.serve_adapters(users, run, on, len(users), memory))
-
-        if adapter is None:  # a judge in training, or a control: there is no judge to serve
-            endpoints = [serve([options], gpus, train_gpus)]
-        elif judge["model"] == options["model"]:  # one server plays both
-            both = ",".join(sorted({*gpus.split(","), *judge_gpus.split(",")}))
-            server = serve([options, judge], both, train_gpus)
-            endpoints = [server, server]
-        else:
-            endpoints = [serve([options], gpus, train_gpus, judge_gpus)]
-            endpoints.append(serve([judge], judge_gpus, train_gpus, gpus))
+        endpoints = [stack.enter_context(server) for server in servers]
         if adapter:
-            endpoints[1].load_adapter("judge", adapter)
+            endpoints[-1].load_adapter("judge", adapter)
+        # A rank opens endpoints of its own, for those here do not pickle. 2: retries.
         addresses = [(endpoint.url, endpoint.key, endpoint.model, 2) for endpoint in endpoints]
-        sft.on_ranks(train_rank, train_gpus, options, run, folder, ids, *addresses)
+        sft.on_ranks(train_rank, train_gpus, options, run, folder, ids, addresses[0], addresses[-1])
     shutil.rmtree(folder / "served", ignore_errors=True)
     annotate.write_json(folder / f"{options['task']}.json", record)
 
 
 def report(folder: Path) -> None:
-    """Print means over the first and the last fifth of the steps; draw reward and share of invalid ones."""
+    """Draw how the rewards, the lengths and the shares of invalid and of cut-off rollouts went."""
     records = annotate.read_jsonl(folder / "metrics.jsonl", ["step", "reward"])
-
-    def mean(some: Sequence[Row], name: str) -> str:
-        known = [record[name] for record in some if record[name] is not None]
-        return f"{fmean(known):.2f}" if known else "none"
-
-    fifth = max(1, len(records) // 5)
-    for name in ("reward", "invalid", "length", "truncated"):
-        print(f"{folder.name}: {name} {mean(records[:fifth], name)} -> {mean(records[-fifth:], name)}")
-    figure = annotate.new_figure(5, 4)
-    for axis, name in zip(figure.subplots(2, sharex=True), ("reward", "invalid")):
+    figure, names = annotate.new_figure(8, 5), ("reward", "length", "invalid", "truncated")
+    for axis, name in zip(figure.subplots(2, 2, sharex=True).flat, names):
         axis.plot([record["step"] for record in records], [record[name] for record in records], ".-")
-        axis.set(xlabel="training step", ylabel=f"{name} (mean of the rollouts)")
+        axis.set_title(name)
+    figure.supxlabel(f"training step of {folder.name}")
     figure.savefig(folder / "reward.png", dpi=100)
     print(f"picture: {folder / 'reward.png'}")
 
@@ -640,7 +616,8 @@ def train_judge(
     options = dict(locals())  # the options by their names: nothing else has a value yet
     del options["run"]
     judge = judge.removesuffix("-sft")
-    folder = run / "judges" / f"{name or (f'{judge}-base' if start == 'base' else judge)}-rl"
+    default = f"{judge}-base" if start == "base" else judge
+    folder = run / "judges" / f"{name or default}-rl"
     source, record = sft.find_judge(run, f"{judge}-sft")
     adapter = f"judges/{source.name}/{record['adapter']}" if start == "sft" else ""  # wherever the run lies
     options["max_tokens"] = record["max_thinking"]
@@ -652,8 +629,8 @@ def train_judge(
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
         before = source.name if adapter else ""  # stage 4 compares agreement before and after
-        record |= {"adapter": f"checkpoints/step-{steps:06d}", "before": before}
-        train(options, run, folder, record, judge_gpus)
+        trained = {**record, "adapter": f"checkpoints/step-{steps:06d}", "before": before}
+        train(options, run, folder, trained, judge_gpus)
     report(folder)
 
 

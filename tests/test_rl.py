@@ -414,16 +414,17 @@ def test_servers_and_ranks_share_the_memory(tmp_path: Path, gpus: str, monkeypat
     found: list[Any] = []
 
     @contextlib.contextmanager
-    def serve(records: Any, run: Path, gpus: str, count: int, memory: float) -> Any:
+    def serve(model: str, logs: Path, room: int, gpus: str, memory: float, **lora: Any) -> Any:
         found.append(memory)
         yield SimpleNamespace(url="u", key="k", model="m", load_adapter=lambda *_: None)
 
-    monkeypatch.setattr(sft, "serve_adapters", serve)
+    monkeypatch.setattr(annotate, "serve", serve)
+    monkeypatch.setattr(annotate, "context_length", lambda _: 99)
     monkeypatch.setattr(sft, "on_ranks", lambda *_: None)
     monkeypatch.setattr(rl, "policy_task", lambda *_: rl.Task([{"id": "a"}], lambda row: [1], None))
     options = dict(zip(("policy_gpus", "judge_gpus", "train_gpus"), gpus.split()))
-    options |= {"task": "policy", "model": "m", "max_prompt": 9}
-    options["judge_record"] = {"model": "m" if "same" in gpus else "other"}
+    options |= {"task": "policy", "model": "m", "max_prompt": 9, "lora_rank": 8, "lora_modules": ["q_proj"]}
+    options["judge_record"] = {**options, "model": "m" if "same" in gpus else "other"}
     rl.train(options, tmp_path, tmp_path, {}, options["policy_gpus"], tmp_path)
     assert found == pytest.approx(SHARES[gpus])
 
