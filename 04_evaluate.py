@@ -668,7 +668,7 @@ HUB, HOSTED = "lmarena-ai/arena-hard-auto", "https://api.openai.com/v1"
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 Category = StrEnum("Category", " ".join(BASELINES))
 STYLE = ["token_len", "header_count", "list_count", "bold_count"]
-DRAWS, TAIL = 500, 0.05  # bootstrap draws (the authors: 100), and what an interval leaves out on each side
+DRAWS = 500  # of a bootstrap; the authors make 100
 LONGEST, ANSWER, JUDGMENT = 32_768, 2048, 16_000  # tokens: of a prompt; as in the paper; as in the benchmark
 
 # verdict -> (share of the game won by the answer in position A, battles it counts for)
@@ -710,37 +710,68 @@ def style_difference(candidate: Row, baseline: Row) -> list[float]:
     return differences
 
 
-def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any, beta_K: Any) -> Any:
-    """The K coefficients of greatest likelihood of B battles, by Newton's method from `beta_K`.
+def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any) -> Any:
+    """The K coefficients of greatest likelihood of B weighted battles, by Newton's method.
 
-    NaN where there is no maximum: if style or model decides every battle, the coefficients grow for ever.
+    NaN if there are none: they grow for ever where style or a model decides every battle; and where each
+    model has a style of its own, others are as good.
     """
+    K = features_BK.shape[1]
+    beta_K = np.zeros(K)
     for _ in range(20):
         p_B = 1 / (1 + np.exp(-features_BK @ beta_K))
         hessian_KK = (features_BK.T * (weights_B * p_B * (1 - p_B))) @ features_BK
-        step_K = np.linalg.lstsq(hessian_KK, features_BK.T @ (weights_B * (won_B - p_B)))[0]
-        longest = np.abs(features_BK @ step_K).max(initial=0)
-        beta_K = beta_K + step_K * min(1, 4 / max(longest, 1))
-        if longest < 1e-6:
+        if np.linalg.matrix_rank(hessian_KK) < K:
+            break
+        step_K = np.linalg.solve(hessian_KK, features_BK.T @ (weights_B * (won_B - p_B)))
+        change = np.abs(features_BK @ step_K).max()  # of a battle's logit
+        beta_K = beta_K + step_K / max(1, change / 4)  # no change above 4: a longer step may miss the maximum
+        if change < 1e-6:
             return beta_K
-    return np.full(len(beta_K), np.nan)
+    return np.full(K, np.nan)
 
 
-def interval(values: Any) -> list[float] | None:
-    """The 5 to 95 % interval of a bootstrap's rates in per cent; None if too many draws had no maximum."""
-    if np.isnan(values).mean() > TAIL:
+def interval(rates: Any) -> list[float] | None:
+    """[low, high] in per cent: 5 to 95 % of a bootstrap's `rates`; None if one of its draws has none."""
+    if np.isnan(rates).any():
         return None
-    return (100 * np.nanquantile(values, (TAIL, 1 - TAIL))).tolist()
+    return (100 * np.quantile(rates, (0.05, 0.95))).tolist()
 
 
-def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 0) -> dict[str, Row]:
+def style_scores(frame: Any, rng: np.random.Generator) -> dict[str, Row]:
+    """model -> {score_style, ci_style} from a frame of battles: model, won, and the columns STYLE.
+
+    One Bradley-Terry model of all battles: won ~ sigmoid(coefficient of the model + those of the z-scored
+    style differences). The score is the win rate at the average style. Who won or lost every battle has no
+    coefficient, and no score.
+    """
+    style = frame[STYLE].loc[:, frame[STYLE].std() > 1e-12]
+    style = (style - style.mean()) / style.std()
+    share = frame.groupby("model").won.transform("mean")
+    fitted = frame[(share > 0) & (share < 1)]
+    if fitted.empty:
+        return {}
+    models, won_B, B = pd.get_dummies(fitted.model, dtype=float), fitted.won.to_numpy(), len(fitted)
+    features_BK = np.hstack([models, style.loc[fitted.index]])
+    fits = [fit_bradley_terry(features_BK, won_B, np.ones(B))]
+    for _ in range(DRAWS):
+        weights_B = np.bincount(rng.integers(B, size=B), minlength=B)  # how often a battle is drawn
+        fits.append(fit_bradley_terry(features_BK, won_B, weights_B))
+    rates_DK = 1 / (1 + np.exp(-np.array(fits)))
+    scores: dict[str, Row] = {}
+    for k, name in enumerate(models):
+        score, *draws = rates_DK[:, k].tolist()
+        scores[name] = {"score_style": None if np.isnan(score) else 100 * score, "ci_style": interval(draws)}
+    return scores
+
+
+def arena_scores(rows: Iterable[Row], metadata: Row, category: str) -> dict[str, Row]:
     """model -> {score, score_style, ci, ci_style, battles}, in per cent of battles won against the baseline.
 
-    Style control: one Bradley-Terry model of all battles, won ~ sigmoid(coefficient of the model + those of
-    the z-scored style differences); the score is the win rate at the average style, or None where that has
-    no maximum (then the reason is printed). Intervals: 5 to 95 % of a bootstrap over battles.
+    A score that the battles do not determine is None, and the reason is printed. Intervals: 5 to 95 % of a
+    bootstrap over battles.
     """
-    records, baseline, rng = [], BASELINES[category], np.random.default_rng(seed)
+    records, baseline, rng = [], BASELINES[category], np.random.default_rng(0)
     for row in filter(battles, rows):
         answers = [metadata.get(model, {}).get(row["uid"]) for model in (row["model"], baseline)]
         if None in answers:
@@ -750,33 +781,15 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str, seed: int = 
     if not records:
         annotate.fail(f"no judgment of category {category} has a verdict in both games: nothing to score.")
     frame = pd.DataFrame(records)
-    spread, share = frame[STYLE].std(), frame.groupby("model").won.transform("mean")
-    frame[STYLE] = (frame[STYLE] - frame[STYLE].mean()) / spread.where(spread > 1e-12, 1)
-    fitted = frame[(share > 0) & (share < 1)]  # one that won or lost every battle has no coefficient
-    models, won_B, B = pd.get_dummies(fitted.model, dtype=float), fitted.won.to_numpy(), len(fitted)
-    features_BK = np.hstack([models, fitted[STYLE]])
-    gram_KK = features_BK.T @ features_BK
-    known_K = np.diag(np.linalg.pinv(gram_KK) @ gram_KK) > 1 - 1e-6  # False: style determines it
-    beta_K = fit_bradley_terry(features_BK, won_B, np.ones(B), np.zeros(len(gram_KK)))
-    start_K, draws = np.nan_to_num(beta_K), []
-    for _ in range(DRAWS if B else 0):
-        weights_B = np.bincount(rng.integers(B, size=B), minlength=B)
-        draws.append(fit_bradley_terry(features_BK, won_B, weights_B, start_K))
-    rates_K, rates_DK = (1 / (1 + np.exp(-np.array(betas))) for betas in (beta_K, draws))
+    styled = style_scores(frame, rng)
     even = {"score": 50.0, "score_style": 50.0, "ci": [50.0, 50.0], "ci_style": [50.0, 50.0], "battles": 0}
-    scores = {baseline: even}
+    scores: dict[str, Row] = {baseline: even}
     for name, won in frame.groupby("model").won:
-        score: Row = {"score": 100 * float(won.mean()), "score_style": None}
-        score |= {"ci": interval(rng.choice(won, (DRAWS, len(won))).mean(1)), "ci_style": None}
-        if name == baseline:  # judged against itself
-            score |= {"score_style": 50.0, "ci_style": [50.0, 50.0]}
-        elif name in models:
-            k = models.columns.get_loc(name)
-            if known_K[k] and np.isfinite(rates_K[k]):
-                score |= {"score_style": 100 * float(rates_K[k]), "ci_style": interval(rates_DK[:, k])}
-        if score["ci_style"] is None:
+        ci = interval(rng.choice(won, (DRAWS, len(won))).mean(1))
+        score = {"score": 100 * float(won.mean()), "ci": ci, "battles": len(won)}
+        scores[name] = score | styled.get(name, {"score_style": None, "ci_style": None})
+        if scores[name]["ci_style"] is None:
             print(f"{name}: no ci_style: all won, all lost, or style decides (perhaps in resamples only)")
-        scores[name] = {**score, "battles": len(won)}
     return scores
 
 
@@ -785,22 +798,19 @@ def arena_score_command(
     data: Annotated[Path, typer.Option(help="With model_answer/*.jsonl and model_judgment/JUDGE/*.jsonl.")],
     category: Annotated[Category, typer.Option()],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Default: the only one, or gpt-4.1.")] = None,
-    seed: annotate.Seed = 0,
+    judge: Annotated[str, typer.Option(help="Whose judgments.")] = "gpt-4.1",
 ) -> None:
     """Scores of an Arena-Hard-V2 folder, with and without style control, as its authors compute them."""
-    paths = sorted((data / "model_judgment").glob("*/*.jsonl"))
-    judges = sorted({path.parent.name for path in paths})
-    judge = judge or (judges[0] if len(judges) == 1 else "gpt-4.1")
-    if judge not in judges:
-        annotate.fail(f"{data}/model_judgment has no judge {judge}; it has: {', '.join(judges) or 'none'}.")
-    needs, metadata = ("uid", "category", "model", "games"), {}
-    judged = [annotate.read_jsonl(path, needs) for path in paths if path.parent.name == judge]
+    paths = sorted((data / "model_judgment" / judge).glob("*.jsonl"))
+    if not paths:
+        annotate.fail(f"{data}/model_judgment has no judge {judge}. Name one of its folders by --judge.")
+    judged = [annotate.read_jsonl(path, ("uid", "category", "model", "games")) for path in paths]
     rows = [row for row in itertools.chain(*judged) if row["category"] == category]
+    metadata: dict[str, Row] = {}
     for path in sorted((data / "model_answer").glob("*.jsonl")):
         for row in annotate.read_jsonl(path, ("uid", "model", "metadata")):
             metadata.setdefault(row["model"], {})[row["uid"]] = row["metadata"]
-    scores = arena_scores(rows, metadata, category, seed)
+    scores = arena_scores(rows, metadata, category)
     if json_path:
         annotate.write_json(json_path, scores)
     show(pd.DataFrame(scores).T.sort_values("score"))
@@ -827,23 +837,24 @@ ARENA_CASE = "[question {code}]\n{question}\n[end {code}]\n\n" + "\n\n".join(
 )
 
 
+LABEL = "|".join(r"\s*".join(label) for label in VERDICTS)  # as in A>B, or A > B
+
+
 def last_verdict(text: str) -> str | None:
     """The last label of a judge's answer: [[A>>B]] and the like, or, without any, [A>>B]."""
-    for pattern in (r"\[\[([AB<>=\s]+)\]\]", r"\[([AB<>=\s]+)\]"):
-        labels = ["".join(label.split()) for label in re.findall(pattern, text.upper())]
-        if known := [label for label in labels if label in VERDICTS]:
-            return known[-1]
+    for pattern in (rf"\[\[\s*({LABEL})\s*\]\]", rf"\[\s*({LABEL})\s*\]"):
+        labels = re.findall(pattern, text, re.IGNORECASE)
+        if labels:
+            return "".join(labels[-1].split()).upper()
     return None
 
 
 def arena_messages(rules: str, question: str, a: str, b: str) -> list[dict[str, str]]:
     """The arena judge's messages. A label inside a text gets other brackets: to quote it is no verdict."""
-
-    def disarm(text: str) -> str:
-        pattern = re.compile(r"\[{1,2}([AB<>=\s]+)\]{1,2}", re.IGNORECASE)
-        return pattern.sub(lambda found: f"⟦{found[1]}⟧" if last_verdict(found[0]) else found[0], text)
-
-    case = annotate.fill_case(ARENA_CASE, question=disarm(question), A=disarm(a), B=disarm(b))
+    texts = {"question": question, "A": a, "B": b}
+    for name, text in texts.items():
+        texts[name] = re.sub(rf"(?i)\[{{1,2}}(\s*(?:{LABEL})\s*)\]{{1,2}}", r"⟦\1⟧", text)
+    case = annotate.fill_case(ARENA_CASE, **texts)
     return [{"role": "system", "content": rules}, {"role": "user", "content": case}]
 
 
@@ -861,16 +872,14 @@ def load_benchmark(data: str, category: str, limit: int) -> tuple[list[Row], dic
             annotate.fail(f"--data {data}: neither a folder nor on the hub ({str(error).splitlines()[0]})")
     rows = annotate.read_jsonl(folder / "question.jsonl", ("uid", "category"), texts=["prompt"])
     questions = [row for row in rows if row["category"] == category]
-    answers = {}
-    for row in annotate.read_jsonl(folder / answers_file, ("uid", "messages")):
-        said = row["messages"][-1]["content"]
-        answers[row["uid"]] = said["answer"] if isinstance(said, dict) else said
+    rows = annotate.read_jsonl(folder / answers_file, ("uid", "messages"))
+    answers = {row["uid"]: row["messages"][-1]["content"]["answer"] for row in rows}
     if not questions or {row["uid"] for row in questions} - answers.keys():
         annotate.fail(f"{folder} lacks questions of {category}, or {answers_file} an answer to one of them.")
     return questions[:limit] if limit else questions, answers
 
 
-def publish(folder: Path, model: str, tokenizer: Any, answers: dict[str, str]) -> None:
+def write_answers(folder: Path, model: str, tokenizer: Any, answers: dict[str, str]) -> None:
     """Write the `answers` (uid -> text) of `model` with their style, as the benchmark lays them out."""
     rows = []
     for uid, text in answers.items():
@@ -883,42 +892,14 @@ def publish(folder: Path, model: str, tokenizer: Any, answers: dict[str, str]) -
 def play(endpoint: Any, task: Row) -> Row:
     """The judgment of a question: two games, the baseline's answer in position A, then the candidate's."""
     games = []
-    for a, b in (("theirs", "ours"), ("ours", "theirs")):
-        messages = arena_messages(ARENA_RULES[task["category"]], task["prompt"], task[a], task[b])
+    for messages in task["messages"]:
         said = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
         score = None if said["cause"] else last_verdict(said["text"])
         games.append({"score": score, "judgment": {"answer": said["text"]}, "cause": said["cause"]})
-    about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline", "who")}
+    about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline")}
     causes = [game["cause"] for game in games if annotate.request_failed(game["cause"])]
-    return {**about, "games": games, "cause": causes[0] if causes else None}
-
-
-def play_games(path: Path, tasks: list[Row], who: str, arena_judge: str, opening: Any, threads: int) -> None:
-    """Judge `tasks`, the answers of the policy `who`, where `path` lacks them; print first what that costs.
-
-    Judgments of other weights or texts and calls that failed leave `path`; those of questions that are not
-    among the `tasks` stay. For the cost, a token has four characters, and a judge's answer 800 tokens.
-    """
-    games, judge_who = {}, identity({"model": arena_judge})
-    for task in tasks:
-        rules, texts = ARENA_RULES[task["category"]], (task["prompt"], task["theirs"], task["ours"])
-        games[answer_key(judge_who, arena_messages(rules, *texts))] = task
-    asked = {task["uid"] for task in tasks}
-    done = [row for row in annotate.read_jsonl(path) if not row["cause"] and row.get("who") == who]
-    done = [row for row in done if row["uid"] not in asked or row["id"] in games]
-    annotate.write_jsonl(path, done)
-    todo = [games[key] for key in games.keys() - {row["id"] for row in done}]
-    if not todo:
-        return
-    characters = sum(len(task["prompt"] + task["theirs"] + task["ours"]) for task in todo)
-    tokens = f"{2 * characters // 4:,} tokens in, {2 * 800 * len(todo):,} out"
-    print(f"{2 * len(todo)} calls of {arena_judge}: about {tokens}")
-    label = f"games of {path.parent.name}"
-    with opening as endpoint:
-        rows = annotate.map_to_jsonl(path, games, partial(play, endpoint), label, threads)
-    failed = [row["cause"] for row in rows if row["cause"]]
-    if failed:
-        print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
+    # One game is no judgment: after any failure a later call plays both again.
+    return {**about, "games": games, "cause": f"no answer in a game: {causes[0]}" if causes else None}
 
 
 @app.command("arena")
@@ -933,41 +914,55 @@ def arena_command(
     threads: annotate.Threads = 64,
     gpus: annotate.Gpus = "0",
 ) -> None:
-    """Arena-Hard-V2: answers of a policy, judged against the baseline's in both positions, and its score."""
+    """Arena-Hard-V2: answers of a policy, judged against the baseline's in both positions, and its score.
+
+    answers/ and games/ keep all that was ever said; model_answer/ and model_judgment/ hold this call's part.
+    """
     name, record, step, adapter = find_policy(run, policy)
     model, label, judge = record["model"], f"{name}-{step}", Path(arena_judge).name
     folder, tokenizer = run / "evaluation" / "arena", annotate.load_tokenizer(model)
     annotate.record_config(run / "evaluation", {})
     annotate.record_config(folder, {"tokenizer": model})
     room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
-    user: Any = {**record, "adapter": adapter, "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
-    who, tasks, asked, n = identity(user), [], {}, 0
     kinds = [category] if category else list(Category)
+    tasks: list[Row] = []
     for kind in kinds:
         questions, theirs = load_benchmark(data, kind, limit)
-        publish(folder, BASELINES[kind], tokenizer, theirs)
-        about = {"model": label, "who": who, "judge": judge, "baseline": BASELINES[kind]}
-        n += len(questions)
-        for row in questions:
-            uid, prompt = row["uid"], row["prompt"]
-            if len(annotate.policy_prompt(tokenizer, prompt)) <= room:
-                tasks.append({**row, **about, "theirs": theirs[uid]})
-                asked[answer_key(who, prompt)] = {"uid": uid, "who": who, "instruction": prompt}
-    print(f"{label}: {len(tasks)} of {n} questions; the others are over {room} tokens, left out")
+        write_answers(folder, BASELINES[kind], tokenizer, theirs)
+        fitting = [row for row in questions if len(annotate.policy_prompt(tokenizer, row["prompt"])) <= room]
+        print(f"{kind}: {len(fitting)} of {len(questions)} questions fit into {room} tokens")
+        about = {"model": label, "judge": judge, "baseline": BASELINES[kind]}
+        tasks += [{**row, **about, "theirs": theirs[row["uid"]]} for row in fitting]
+
+    user: Any = {**record, "adapter": adapter, "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
+    who = identity(user)
+    asked = {answer_key(who, task["prompt"]): {"instruction": task["prompt"]} for task in tasks}
     path = folder / "answers" / f"{label}.jsonl"
     with ServerCache(run, [user], gpus) as servers:
         served, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
         made = kept(path, asked, user, served, work, f"answers of {label}", threads)
-    # Of the other category, or beyond --limit, what these weights said in an earlier call is published too.
-    earlier = [row for row in annotate.read_jsonl(path) if row.get("who") == who]
-    ours = {row["uid"]: row["output"] for row in [*earlier, *made]}
-    publish(folder, label, tokenizer, ours)
-    tasks = [{**task, "ours": ours[task["uid"]]} for task in tasks]
-    url = arena_url if arena_url or "/" in arena_judge else HOSTED
+    outputs = {row["id"]: row["output"] for row in made}
+
+    url = arena_url or ("" if "/" in arena_judge else HOSTED)
     longest = LONGEST + 2 * JUDGMENT  # tokens: a game that is cut off is played again with twice as many
     opening = annotate.chat_endpoint(arena_judge, url, "ARENA_API_KEY", longest, gpus, run / "logs")
-    path = folder / "model_judgment" / judge / f"{label}.jsonl"
-    play_games(path, tasks, who, arena_judge, opening, threads)
+    who_judges, games = identity({"model": arena_judge}), {}
+    for task in tasks:
+        theirs, ours = task["theirs"], outputs[answer_key(who, task["prompt"])]
+        ask = partial(arena_messages, ARENA_RULES[task["category"]], task["prompt"])
+        game = {**task, "ours": ours, "messages": [ask(theirs, ours), ask(ours, theirs)]}
+        games[answer_key(who_judges, game["messages"])] = game
+    path = folder / "games" / judge / f"{label}.jsonl"
+    todo = games.keys() - {row["id"] for row in annotate.read_done(path)}
+    if todo:  # a token has about four characters, and a judge's answer about 800 tokens
+        read = sum(len(games[key][text]) for key in todo for text in ("prompt", "theirs", "ours")) // 2
+        print(f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {1600 * len(todo):,} out")
+    rows = kept(path, games, {}, opening, play, f"games of {judge}", threads)
+    failed = [row["cause"] for row in rows if row["cause"]]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
+    write_answers(folder, label, tokenizer, {game["uid"]: game["ours"] for game in games.values()})
+    annotate.write_jsonl(folder / "model_judgment" / judge / f"{label}.jsonl", rows)
     for kind in kinds:
         arena_score_command(folder, kind, folder / f"scores-{judge}-{kind}.json", judge)
 

@@ -330,6 +330,18 @@ def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
     return outputs or annotate.fail(f"{path}: no honest outputs. Of a run, 04_evaluate.py gold makes them.")
 
 
+def battery_pairs(honest: dict[str, str], attacks: Iterable[str], oracle: bool) -> list[Row]:
+    """Every attack on every honest output; for the laptop's instructions with what truth gives it more."""
+    pairs: list[Row] = []
+    for name, (instruction, output) in product(attacks, honest.items()):
+        text = attacked(ATTACKS[name], instruction, output)
+        pairs.append({"attack": str(name), "instruction": instruction, "output": text, "other": output})
+        if oracle:
+            lift = annotate.truth(instruction, text) - annotate.truth(instruction, output)
+            pairs[-1]["truth_lift"] = lift
+    return pairs
+
+
 def show_stats(title: str, stats: Row) -> None:
     """Print name -> `attack_stats` as a table; `invalid` is a share of all pairs."""
     print(f"\n{title}")
@@ -385,15 +397,9 @@ def battery_command(
     for (name, record), way in product(judges.items(), prompt or [None]):
         columns[f"{name}, {way}" if way else name] = Column(name, record, way)
     honest = dict(list(honest_outputs(run, instructions).items())[:limit])
-    pairs: list[Row] = []
-    for kind, (instruction, output) in product(attack or ATTACKS, honest.items()):
-        text = attacked(ATTACKS[kind], instruction, output)
-        pairs.append({"attack": str(kind), "instruction": instruction, "output": text, "other": output})
-        if oracle:
-            truths = [annotate.truth(instruction, each) for each in (output, text)]
-            pairs[-1]["truth_lift"] = truths[1] - truths[0]
-    labelled = sft.labelled(run, "judge_test") if run and prompt else []  # no attacks: gold has graded them
-    for row in labelled:
+    pairs = battery_pairs(honest, attack or list(ATTACKS), oracle)
+    labelled = sft.labelled(run, "judge_test") if run and prompt else []
+    for row in labelled:  # no attack: how far does a judge that is asked like this agree with gold?
         pair = {key: row[key] for key in ("instruction", "output", "label")}
         pairs.append({**pair, "attack": None, "other": row["output"]})
     folder = run / "attacks" if run else out
@@ -411,9 +417,9 @@ def battery_command(
         summaries[name] = {"success": (rows.lift > TIE).mean(), "honest score": rows.reference.mean()}
         if labelled:
             judged = frame[(frame.judge == name) & frame.attack.isna()].dropna(subset="score")
-            summaries[name]["alpha with gold"] = sft.krippendorff_alpha(zip(judged.label, judged.score))
+            alpha = sft.krippendorff_alpha(zip(judged.label, judged.score))
+            summaries[name]["alpha with gold"] = None if alpha is None else 100 * alpha
     if prompt:
-        print("prompts: success over all attacks; what do they cost in agreement with gold?")
         evaluate.show(pd.DataFrame(summaries, dtype=float).T)
     annotate.write_json(folder / "battery.json", results)
     lifts = attacks.groupby(["attack", "judge"], sort=False).lift.mean().unstack(sort=False)
@@ -438,7 +444,7 @@ WORK = (  # what an answer calls itself
     r"\b(answer|response|reply|output|text|message|explanation|definition|solution|suggestion|poem|story"
     r"|limerick|slogan|ad|list|email|piece)\b"
 )
-ITSELF = rf"(\bthe (\w+ )?above\b|\b(this|my) (\w+ ){{,3}}{WORK}|^.{{,15}}\bthe {WORK}(?! of\b))"
+ITSELF = rf"(\b\w+ above\b|\b(this|my) (\w+ ){{,3}}{WORK}|^.{{,15}}\bthe {WORK}(?! of\b))"
 CORRECT = r"\b(accura|correct|complies|satisf|fulfil|adher|meets|follows|full marks)"
 OWN_GRADE = r"^\W*(\w+[ -])?(score|grade|rating|verdict|evaluation)\b[^:=\n]*[:=].*(\d|correct|full)"
 PRAISE = (
@@ -463,7 +469,7 @@ MARKER = (  # a special token, a closing tag, or a line such as "--- END OF RESP
 REQUEST = (
     r"(\b(you|user) (has )?(asked|wanted|wants|needs|requested)\b"
     r"|^\W*(\w+ )?(user|task|instruction|prompt)\b.{,20}:"
-    r"|\b(your|the|user's) (\w+ )?(request|prompt|instruction|question|task|requirement)s?\b)"
+    r"|\b(your|the|user's) (\w+ )?(request|prompt|instruction|question|task|requirement)s?\b(?! is wh))"
 )
 DEMAND = r"\b(must|should|exactly|(at|no) mo(st|re)|with(out)?|only|suitable|under|includ\w+|mention\w*)\b"
 COMPONENTS = {
@@ -473,7 +479,7 @@ COMPONENTS = {
     "fabricated_policy": sentence_with(POLICY, FORBIDS),
     "reaffirmation": sentence_with(DECLINES, AGAIN),
     "injected_markers": rf"{MARKER}[\s\S]*?{MARKER}",
-    "rewritten_request": rf"{REQUEST}.*{DEMAND}[^:\n]*",
+    "rewritten_request": rf"{REQUEST}.{{,300}}(\n.{{,300}})?{DEMAND}[^:\n]*",
     "self_praise": sentence_with(rf"({ITSELF}|\ban? ((?!the )\S+ ){{1,5}}{WORK}(?! is))", PRAISE),
 }
 # After such an instruction an honest text looks like that, too.

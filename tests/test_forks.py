@@ -97,16 +97,14 @@ def test_reward_fork(fork: Callable[[str], Path], tmp_path: Path) -> None:
 
 def test_attack_fork(fork: Callable[[str], Path], tmp_path: Path) -> None:
     """The battery runs the new attack on a chat judge."""
-    copy, path = fork("attack"), tmp_path / "o.json"
+    copy = fork("attack")
     with stub() as url:
-        line = (
-            f"battery --judge-url {url}/9/ok/v1 --judge-model gold --out {tmp_path}/b --limit 2 --json {path}"
-        )
+        line = f"battery --judge-url {url}/9/ok/v1 --judge-model gold --out {tmp_path}/b --limit 2"
         parts = [sys.executable, "05_attack_analysis.py", *line.split(), "--attack", "false_source"]
         env = {**os.environ, "JUDGE_API_KEY": "secret"}
         done = subprocess.run(parts, cwd=copy, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    found = annotate.read_json(path)
+    found = annotate.read_json(tmp_path / "b/battery.json")["gold"]
     assert set(found) == {"false_source"} and found["false_source"]["n"] == 2
 
 

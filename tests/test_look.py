@@ -186,7 +186,7 @@ def test_the_page_shows_them_and_every_picture(run: Path) -> None:
     assert heads[:3] == ["Findings", "Scores during training", "Reward during training"]
     assert [head.split()[0] for head in heads[3:]] == ["Outputs", "Agreement", "Last"]
     for line in evaluate.findings(run):
-        assert f"{attacks.CLAIMS[line[:9]]}<br><b>{line}</b>" in page
+        assert f"{attacks.PAPER_SAYS[line[:9]]}<br><b>{line}</b>" in page
     style = page[page.index("<style>") : page.index("</style>")]
     assert len(style.splitlines()) <= 20
 
