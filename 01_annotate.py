@@ -666,6 +666,8 @@ def main(
 
     # What cannot be used is refused before it costs anything.
     policy_prompt(load_tokenizer(policy_model), "Hi.")
+    if "@" in gold_url:
+        fail("--gold-url holds a password, which config.json would keep. Put the key into GOLD_API_KEY.")
     if missing and gold_url:
         open_endpoint(gold_url, gold, "GOLD_API_KEY")
     elif missing and gold != "oracle":
