@@ -38,7 +38,7 @@ from os.path import commonprefix
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import openai
 import torch
@@ -490,8 +490,27 @@ def judge_row(ask: Callable[..., annotate.Verdict], row: Row) -> annotate.Verdic
     return ask(row["instruction"], row["output"], row.get("other"))
 
 
-# What a later stage must know of a judge, beside where its adapter is.
-DESCRIBES = ("model", "reasoning", "lora_rank", "lora_modules", "max_thinking", "temperature", "max_prompt")
+class JudgeRecord(TypedDict, total=False):
+    """A finished judge, as judge.json describes it to later stages."""
+
+    adapter: Any  # its folder, seen from the judge's; in stage 4 the whole path, or None for a base model
+    model: str  # the base model
+    reasoning: bool  # it thinks before it gives a label
+    lora_rank: int
+    lora_modules: list[str]
+    max_prompt: int  # tokens
+    max_thinking: int  # tokens
+    temperature: float  # of the thinking
+    # The rest is missing where it says nothing.
+    pairwise: bool  # it says which of two outputs is better
+    rubrics: bool  # it is shown gold's rubric of the instruction
+    effort: str  # of gold's reasoning that it learnt, if another than that of labels.jsonl
+    left_out: float  # the share of the examples that were too long to train on
+    validation: dict[str, float | None]  # its agreement with gold
+    before: str  # the judge with which GRPO began
+
+
+NEEDED = ("model", "reasoning", "lora_rank", "lora_modules", "max_prompt", "max_thinking", "temperature")
 
 
 def choose_epoch(options: Options, run: Path, folder: Path) -> None:
@@ -509,7 +528,7 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
             print(f"{name}: {describe(scores[name])}", flush=True)
             endpoint.unload_adapter(name)
     best = max(scores, key=lambda name: selection_score(scores[name]))
-    record = {key: options[key] for key in (*DESCRIBES, "effort", "rubrics", "pairwise")}
+    record = {key: options[key] for key in JudgeRecord.__annotations__ if key in options}
     steps = annotate.read_jsonl(folder / "metrics.jsonl", ["left_out"])
     examples = options["epochs"] * len(training_rows(options, run))
     record["left_out"] = sum(step["left_out"] for step in steps) / examples
@@ -518,8 +537,8 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
     annotate.write_json(folder / "judge.json", {**record, "adapter": best, "validation": scores[best]})
 
 
-def served_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Row, run: Path) -> Judge:
-    """The judge described by `record` (a judge.json, or the options it came from) behind `endpoint`."""
+def served_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Any, run: Path) -> Judge:
+    """The judge described by `record` (a `JudgeRecord`, or the options it came from) behind `endpoint`."""
     settings = {key: record[key] for key in ("reasoning", "max_thinking", "max_prompt", "temperature")}
     settings["rubrics"] = read_rubrics(run) if record.get("rubrics") else None
     return Judge(endpoint, tokenizer, adapter, **settings, pairwise=record.get("pairwise", False))
@@ -542,7 +561,7 @@ def serve_adapters(
     return annotate.serve(model, run / "logs", room, gpus, memory, **lora)
 
 
-def find_judge(run: Path, name: str) -> tuple[Path, Row]:
+def find_judge(run: Path, name: str) -> tuple[Path, JudgeRecord]:
     """(folder, judge.json) of the judge `name`; 'reasoning' means reasoning-rl if begun, else -sft."""
     folder = run / "judges" / name
     if not folder.exists() and not name.endswith(("-sft", "-rl")):
@@ -551,7 +570,7 @@ def find_judge(run: Path, name: str) -> tuple[Path, Row]:
             folder = run / "judges" / f"{name}-sft"
     stage = "03_rl.py judge" if folder.name.endswith("-rl") else "02_train_judge.py"
     annotate.require(folder / "judge.json", f"{stage} --run {run}, or ask for another judge")
-    record = annotate.read_json(folder / "judge.json", ("adapter", *DESCRIBES))
+    record = annotate.read_json(folder / "judge.json", ("adapter", *NEEDED))
     check_adapter(folder / record["adapter"], record["model"], record["lora_rank"])
     return folder, record
 

@@ -38,7 +38,7 @@ from enum import StrEnum
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -57,7 +57,24 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=(__
 # --- What a run holds, and the server that is up ----------------------------------------------------
 
 
-def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
+class PolicyRecord(TypedDict):
+    """A finished policy: what this stage reads in its policy.json, and what it adds."""
+
+    model: str  # the base model
+    judge: str  # its own judge
+    lora_rank: int
+    lora_modules: list[str]
+    max_prompt: int  # tokens
+    max_tokens: int  # of an output
+    temperature: float
+    base: str  # policies of one base model that sample alike share this id, and step 0's outputs
+    checkpoints: dict[int, Path]  # step -> adapter
+
+
+JudgeRecord = sft.JudgeRecord
+
+
+def trained_judges(run: Path, prompted: bool = False) -> dict[str, JudgeRecord]:
     """The record of every finished judge, with the path of its adapter, after the `untrained_judges`."""
     trained = {}
     for path in sorted((run / "judges").glob("*/judge.json")):
@@ -69,7 +86,7 @@ def trained_judges(run: Path, prompted: bool = False) -> dict[str, Row]:
     return untrained_judges(trained, ways) | trained
 
 
-def untrained_judges(trained: dict[str, Row], ways: list[str]) -> dict[str, Row]:
+def untrained_judges(trained: dict[str, JudgeRecord], ways: list[str]) -> dict[str, JudgeRecord]:
     """The base models of the `trained` judges as judges without an adapter, each asked in all `ways`.
 
     A way, such as "-reasoning-rubrics", ends the judge's name: base, base-pairwise, base-reasoning, ….
@@ -88,13 +105,10 @@ def untrained_judges(trained: dict[str, Row], ways: list[str]) -> dict[str, Row]
     return untrained
 
 
-def trained_policies(run: Path) -> dict[str, Row]:
-    """The record of every finished policy, with its checkpoints {step: adapter} and the id of its `base`.
-
-    Policies of the same base model that sample alike share that id, and so the outputs of step 0.
-    """
+def trained_policies(run: Path) -> dict[str, PolicyRecord]:
+    """The record of every finished policy by its name; one without checkpoints ends the command."""
     needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
-    found = {}
+    found: dict[str, PolicyRecord] = {}
     for path in sorted((run / "policies").glob("*/policy.json")):
         policy = annotate.read_json(path, needs)
         checkpoints = {}
@@ -108,7 +122,7 @@ def trained_policies(run: Path) -> dict[str, Row]:
     return found
 
 
-def find_policy(run: Path, wanted: str) -> tuple[str, Row, int, Path | None]:
+def find_policy(run: Path, wanted: str) -> tuple[str, PolicyRecord, int, Path | None]:
     """(name, policy, step, adapter) of NAME (its last step), NAME:STEP, or base (no adapter)."""
     policies = trained_policies(run)
     name, _, step = wanted.partition(":")
@@ -239,7 +253,7 @@ def open_judge(name: str, judge: Row, servers: ServerCache) -> Iterator[Callable
 # --- gold: an output of every checkpoint for every test instruction, its scores, the curves ---------
 
 
-def write_output(policy: Row, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
+def write_output(policy: PolicyRecord, tokenizer: Any, served: tuple[Any, str | None], row: Row) -> Row:
     """`row` with the output that the policy samples for its instruction."""
     endpoint, adapter = served
     prompt = annotate.policy_prompt(tokenizer, row["instruction"])
@@ -254,7 +268,9 @@ def output_ids(name: str, step: int, adapter: Path) -> str:
     return f"{name}:{step}:{identity({'adapter': adapter})}"
 
 
-def write_outputs(run: Path, policies: dict[str, Row], servers: ServerCache, threads: int) -> list[Row]:
+def write_outputs(
+    run: Path, policies: dict[str, PolicyRecord], servers: ServerCache, threads: int
+) -> list[Row]:
     """Outputs of all checkpoints for the test instructions that fit into `max_prompt` tokens.
 
     Step 0 is the base model, once for all policies that sample alike. Steps between the first and the last
@@ -476,7 +492,7 @@ def heatmap(frame: Any, path: Path, label: str) -> None:
 
 
 def score_policies(
-    run: Path, trained: dict[str, Row], policies: dict[str, Row], gpus: str, threads: int
+    run: Path, trained: dict[str, JudgeRecord], policies: dict[str, PolicyRecord], gpus: str, threads: int
 ) -> Any:
     """A frame of the outputs of each policy and of its base, with the scores by its own judge and by gold."""
     options, scores, rows = annotate.read_options(run / "annotations"), {}, []
