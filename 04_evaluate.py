@@ -678,7 +678,7 @@ def study_command(
 
 
 # --- Arena-Hard-V2, which nothing above needs. Scores are those of the benchmark's authors (show_result.py
-# of lmarena/arena-hard-auto) in code of our own; answers and verdicts are kept in the benchmark's layout ---
+# of lmarena/arena-hard-auto) in code of our own; what is scored lies in the benchmark's layout ---
 
 HUB, HOSTED = "lmarena-ai/arena-hard-auto", "https://api.openai.com/v1"
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
@@ -848,8 +848,9 @@ ARENA_RULES = {
     "writing. Point out mistakes. The better answer does what was asked, is original and well made, leaves "
     f"out nothing important and is no longer than it need be. {ARENA_VERDICT}",
 }
-ARENA_CASE = "[question {code}]\n{question}\n[end {code}]\n\n" + "\n\n".join(
-    f"[answer {side} {{code}}]\n{{{side}}}\n[end {{code}}]" for side in "AB"
+ARENA_CASE = (
+    "[question {code}]\n{question}\n[end {code}]\n\n[answer A {code}]\n{A}\n[end {code}]\n\n"
+    "[answer B {code}]\n{B}\n[end {code}]"
 )
 
 

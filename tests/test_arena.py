@@ -411,7 +411,9 @@ def test_if_all_calls_fail_nothing_is_kept(tmp_path: Path, arena: Any, judge: An
     judge.reply = lambda user: (400, "unknown field")
     result = arena()
     assert result.exit_code == 1 and "unknown field" in result.output
-    assert annotate.read_jsonl(tmp_path / "run/evaluation/arena/model_judgment/judge/direct-12.jsonl") == []
+    folder = tmp_path / "run/evaluation/arena"
+    assert annotate.read_jsonl(folder / "games/judge/direct-12.jsonl") == []
+    assert not (folder / "model_judgment").exists()
 
 
 def test_the_tokens_are_said_before_paid_calls(arena: Any) -> None:
