@@ -1089,7 +1089,10 @@ class Endpoint:
             raise NoAnswer(self.cause(error), error.request, body=None) from error
         self.last_answer = time.monotonic()
         try:
-            return read(response.json()["choices"])
+            choices = response.json()["choices"]
+            if not choices:
+                raise ValueError("no choices")
+            return read(choices)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             cause = f"no answer: instead the server sent {response.text[:200]!r}"
             raise NoAnswer(cause, response.request, body=None) from error
@@ -1098,7 +1101,9 @@ class Endpoint:
         """Whether `error` says that one parameter of `body` is not supported; the server gets it no more."""
         said = str(error)
         named = [name for name in MAY_BE_REFUSED if name in body and re.search(rf"\b{name}\b", said)]
-        if len(named) != 1 or not NOT_TAKEN.search(said):
+        if getattr(error, "status_code", 0) not in (400, 422) or len(named) != 1:
+            return False
+        if not NOT_TAKEN.search(said):
             return False  # only a value is refused, or the name stands in a text that is quoted
         with self.lock:
             if named[0] not in self.refused:  # by another thread
