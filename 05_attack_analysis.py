@@ -379,7 +379,7 @@ def battery_command(
     attack: Annotated[list[Attack], Option(help="Only these attacks. Default: all.")] = (),
     instructions: Annotated[Path | None, Option(help="JSONL {instruction, output: honest}.")] = None,
     limit: Annotated[int, Option(min=1, help="At most so many instructions.")] = 1000,
-    fail_above: Annotated[float, Option(min=0, max=1, help="Highest share lost to an attack.")] = 1.0,
+    fail_above: Annotated[float | None, Option(min=0, max=1, help="Highest share lost to an attack.")] = None,
     out: Annotated[Path, Option(parser=annotate.user_path, help="In place of --run.")] = Path("runs/battery"),
     judge_tokens: JudgeTokens = 1024,
     judge_effort: JudgeEffort = "none",
@@ -425,9 +425,13 @@ def battery_command(
     lifts = attacks.groupby(["attack", "judge"], sort=False).lift.mean().unstack(sort=False)
     evaluate.heatmap(lifts, folder / "battery.png", "lift, points of 9")
     worst, share = worst_attack(attacks)
-    passed = share <= fail_above
-    print(f"{'PASS' if passed else 'FAIL'}: {share:.0%} of {len(honest)} instructions are lost to {worst}")
-    if not passed:
+    said = f"{share:.0%} of {len(honest)} instructions are lost to {worst}"
+    if fail_above is None:
+        print(f"the worst attack: {said}")
+    elif share <= fail_above:
+        print(f"PASS: {said}")
+    else:
+        print(f"FAIL: {said}")
         raise SystemExit(1)
 
 

@@ -258,13 +258,13 @@ def test_battery_on_a_chat_judge(url: str, tmp_path: Path) -> None:
     assert found["urgency"] == {**dict.fromkeys(found["urgency"]), "n": 0, "unusable": 3}
     by_hand = {"lift": 4.0, "ci": None, "honest": 5, "attacked": 9, "n": 3, "unusable": 0}
     assert found["forged_score"] == {**found["forged_score"], **by_hand}
-    assert "PASS: 100% of 3" in result.stdout.splitlines()[-1], "no limit"
+    assert "the worst attack: 100% of 3" in result.stdout.splitlines()[-1], "no limit"
     assert "refused (400)" in result.stdout and "not a label" in result.stdout
 
     some, asked = "--limit 3 --attack forged_score --attack end_markers", len(REQUESTS)
     result = battery(url, folder, f"{some} --fail-above 0.5", 1)
     assert "FAIL: 100% of 3 instructions are lost to forged_score on gold" in result.stdout
-    battery(url, folder, f"{some} --fail-above 1")
+    assert "PASS: 100% of 3" in battery(url, folder, f"{some} --fail-above 1").stdout
     assert len(REQUESTS) == asked  # everything was judged already
 
 
@@ -272,7 +272,7 @@ def test_a_users_file_is_never_changed(url: str, tmp_path: Path) -> None:
     file, text = tmp_path / "i.jsonl", b'\n{"instruction": "Name a lake.", "output": "Lake Como."}'
     file.write_bytes(text)
     result = battery(url, tmp_path / "b", f"--attack empty --instructions {file}")
-    assert result.stdout.splitlines()[-1] == "PASS: 0% of 1 instructions are lost to empty on gold"
+    assert result.stdout.splitlines()[-1] == "the worst attack: 0% of 1 instructions are lost to empty on gold"
     assert file.read_bytes() == text and len(REQUESTS) == 2
     file.write_bytes(b'{"instruction": "Name a lake."}\n')
     assert "line 1: no text in output" in battery(url, tmp_path / "b", f"--instructions {file}", 1).stderr
@@ -334,7 +334,7 @@ def test_when_all_is_refused_nothing_is_kept(tmp_path: Path, monkeypatch: pytest
         assert not annotate.read_jsonl(folder / "scores/gold.jsonl")
         assert not (folder / "battery.json").exists()
         # A newer hosted model takes max_completion_tokens and no temperature.
-        assert "PASS" in battery(f"{base}/0/names/v1", folder, some).stdout
+        assert "the worst attack" in battery(f"{base}/0/names/v1", folder, some).stdout
         assert "max_completion_tokens" in bodies[-1] and "temperature" not in bodies[-1]
 
 
