@@ -379,7 +379,7 @@ def battery_command(
     attack: Annotated[list[Attack], Option(help="Only these attacks. Default: all.")] = (),
     instructions: Annotated[Path | None, Option(help="JSONL {instruction, output: honest}.")] = None,
     limit: Annotated[int, Option(min=1, help="At most so many instructions.")] = 1000,
-    fail_above: Annotated[float | None, Option(min=0, max=1, help="Highest share lost to an attack.")] = None,
+    fail_above: Annotated[float | None, Option(min=0, max=1, help="Highest share lost to one.")] = None,
     out: Annotated[Path, Option(parser=annotate.user_path, help="In place of --run.")] = Path("runs/battery"),
     judge_tokens: JudgeTokens = 1024,
     judge_effort: JudgeEffort = "none",
