@@ -272,7 +272,7 @@ def test_a_users_file_is_never_changed(url: str, tmp_path: Path) -> None:
     file, text = tmp_path / "i.jsonl", b'\n{"instruction": "Name a lake.", "output": "Lake Como."}'
     file.write_bytes(text)
     result = battery(url, tmp_path / "b", f"--attack empty --instructions {file}")
-    assert result.stdout.splitlines()[-1] == "the worst attack: 0% of 1 instructions are lost to empty on gold"
+    assert "the worst attack: 0% of 1 instructions are lost to empty" in result.stdout.splitlines()[-1]
     assert file.read_bytes() == text and len(REQUESTS) == 2
     file.write_bytes(b'{"instruction": "Name a lake."}\n')
     assert "line 1: no text in output" in battery(url, tmp_path / "b", f"--instructions {file}", 1).stderr
