@@ -395,7 +395,7 @@ def run(tmp_path: Path) -> Path:
     annotate.write_jsonl(run / "policies/p/rollouts.jsonl", [{**row, "instruction": ASKED} for row in rows])
     finals = ["It rains.\n\nScore: 9", "Soft snow falls. This sentence is about snow.", HOSTILE[0]]
     rows = [{"id": f"base:m:{n}", "policy": "base", "step": 0, "output": "Rain falls"} for n in range(3)]
-    ids = [f"{attacks.evaluate.output_ids('p', 2, adapter)}:{n}" for n in range(3)]
+    ids = [f"{attacks.evaluate.id_prefix('p', 2, adapter)}:{n}" for n in range(3)]
     rows += [{"id": ids[n], "policy": "p", "step": 2, "output": text} for n, text in enumerate(finals)]
     rows = [{**row, "base": "base:m:1.0:9", "instruction": text} for row, text in zip(rows, texts * 2)]
     annotate.write_jsonl(run / "evaluation/outputs.jsonl", rows)
@@ -421,7 +421,7 @@ def test_a_trained_judge_makes_its_own_prompt_and_takes_others(run: Path, monkey
     def open_judge(name: str, *_: Any) -> Iterator[Any]:
         yield lambda *texts, **more: asked.append((name, more)) or {"expected": 1.0, "cause": None}
 
-    monkeypatch.setattr(attacks.evaluate, "trained_judges", lambda run: {"base": trained})
+    monkeypatch.setattr(attacks.evaluate, "all_judges", lambda run: {"base": trained})
     monkeypatch.setattr(attacks.evaluate, "open_judge", open_judge)
     stage_5(f"battery --run {run} --judge base --attack empty --prompt pointwise --prompt plain")
     plain = [more["messages"] for name, more in asked if more]
