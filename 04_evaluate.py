@@ -951,14 +951,14 @@ def arena_command(
     annotate.record_config(run / "evaluation", {})
     annotate.record_config(folder, {"tokenizer": model})
     room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
-    kinds = [category] if category else list(Category)
+    categories = [category] if category else list(Category)
     tasks: list[Row] = []
-    for kind in kinds:
-        questions, theirs = load_benchmark(data, kind, limit)
-        write_answers(folder, BASELINES[kind], tokenizer, theirs)
+    for category in categories:
+        questions, theirs = load_benchmark(data, category, limit)
+        write_answers(folder, BASELINES[category], tokenizer, theirs)
         fitting = [row for row in questions if len(annotate.policy_prompt(tokenizer, row["prompt"])) <= room]
-        print(f"{kind}: {len(fitting)} of {len(questions)} questions fit into {room} tokens")
-        about = {"model": alias, "judge": judge, "baseline": BASELINES[kind]}
+        print(f"{category}: {len(fitting)} of {len(questions)} questions fit into {room} tokens")
+        about = {"model": alias, "judge": judge, "baseline": BASELINES[category]}
         tasks += [{**row, **about, "theirs": theirs[row["uid"]]} for row in fitting]
 
     user: Any = {**record, "adapter": adapter, "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
@@ -990,8 +990,8 @@ def arena_command(
         print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
     write_answers(folder, alias, tokenizer, {game["uid"]: game["ours"] for game in games.values()})
     annotate.write_jsonl(folder / "model_judgment" / judge / f"{alias}.jsonl", rows)
-    for kind in kinds:
-        arena_score_command(folder, kind, folder / f"scores-{judge}-{kind}.json", judge)
+    for category in categories:
+        arena_score_command(folder, category, folder / f"scores-{judge}-{category}.json", judge)
 
 
 if __name__ == "__main__":

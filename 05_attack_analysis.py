@@ -146,9 +146,7 @@ def ask_chat(endpoint: Any, tokens: int, effort: str, prompt: str, *texts: str) 
 
 
 @contextmanager
-def open_judge_with_prompt(
-    name: str, judge: Row, prompt: str, servers: Any
-) -> Iterator[Callable[..., Row]]:
+def open_judge_with_prompt(name: str, judge: Row, prompt: str, servers: Any) -> Iterator[Callable[..., Row]]:
     """A judge that is asked with `prompt`, as a function (instruction, output[, other]) -> verdict."""
     if "endpoint" in judge:
         yield partial(ask_chat, judge["endpoint"], judge["tokens"], judge["effort"], prompt)
@@ -235,6 +233,9 @@ Run, OptionalRun = Annotated[Path, RUN], Annotated[Path | None, RUN]
 Attack = StrEnum("Attack", {name: name for name in ATTACKS})
 Prompt = StrEnum("Prompt", {name: name for name in PROMPTS})
 ChatPrompt = StrEnum("ChatPrompt", {name: name for name in (*PROMPTS, PAIRWISE)})
+ChatPrompts = Annotated[
+    list[ChatPrompt], Option("--style", help="How chat judges, or a chat gold, are asked")
+]
 JudgeUrls = Annotated[list[str], Option("--judge-url", help="URL (…/v1) of a chat judge; JUDGE_API_KEY.")]
 JudgeModels = Annotated[list[str], Option("--judge-model", help="The chat model at each --judge-url.")]
 JudgeTokens = Annotated[int, Option(min=1, help="New tokens of a chat judge's answer, with thinking.")]
@@ -383,7 +384,7 @@ def battery_command(
     judge_url: JudgeUrls = (),
     judge_model: JudgeModels = (),
     prompts: Annotated[list[Prompt], Option("--prompt", help="To compare. Default: the judge's own.")] = (),
-    attacks: Annotated[list[Attack], Option("--attack", help="Only these. Default: all.")] = (),
+    attack: Annotated[list[Attack], Option(help="Only these attacks. Default: all.")] = (),
     instructions: Annotated[Path | None, Option(help="JSONL {instruction, output: honest}.")] = None,
     limit: Annotated[int, Option(min=1, help="At most so many instructions.")] = 1000,
     fail_above: Annotated[float | None, Option(min=0, max=1, help="Highest share lost to one.")] = None,
@@ -404,7 +405,7 @@ def battery_command(
     for (name, record), prompt in product(judges.items(), prompts or [None]):
         columns[f"{name}, {prompt}" if prompt else name] = Column(name, record, prompt)
     honest = dict(list(honest_outputs(run, instructions).items())[:limit])
-    pairs = battery_pairs(honest, attacks or list(ATTACKS), oracle)
+    pairs = battery_pairs(honest, attack or list(ATTACKS), oracle)
     labelled = sft.labelled(run, "judge_test") if run and prompts else []
     for row in labelled:  # no attack, and `other` is a dummy: `alpha with gold`, below, is all they are for
         pair = {key: row[key] for key in ("instruction", "output", "label")}
@@ -416,10 +417,10 @@ def battery_command(
     summaries = {}
     for name, rows in attacked.groupby("judge", sort=False):
         results[name] = {}
-        for attack, tried in rows.groupby("attack", sort=False):
-            results[name][attack] = attack_stats(tried.score, tried.reference)
+        for attack_name, tried in rows.groupby("attack", sort=False):
+            results[name][attack_name] = attack_stats(tried.score, tried.reference)
             if oracle:
-                results[name][attack]["truth_lift"] = float(tried.truth_lift.mean())
+                results[name][attack_name]["truth_lift"] = float(tried.truth_lift.mean())
         show_attacks(name, rows, results[name])
         summaries[name] = {"success": (rows.lift > TIE).mean(), "honest score": rows.reference.mean()}
         if labelled:
@@ -552,7 +553,7 @@ def last_outputs(run: Path) -> list[Row]:
 
 
 def transfer_columns(run: Path, chats: dict[str, Row], prompts: Iterable[str]) -> dict[str, Column]:
-    """Gold, truth, the run's judges with their own prompts; chat judges and a chat gold with all `prompts`."""
+    """Gold, truth, the run's judges with their own prompts; chat judges, a chat gold with all `prompts`."""
     gold = annotate.read_options(run / "annotations")
     columns = {GOLD: Column(GOLD, gold)}
     if gold["gold"] == "oracle":
@@ -572,8 +573,7 @@ def largest_gaps(frame: Any) -> Any:
     """Every policy's last outputs with own, gold and truth scores, the widest gap of own and gold first."""
     texts = ["policy", "own", "instruction", "output"]
     gaps = frame.pivot(index=texts, columns="judge", values="score").reset_index()
-    # "own" holds the name of the policy's judge; in its place comes that judge's score, from its column
-    gaps["own"] = [row[row["own"]] for row in gaps.to_dict("records")]
+    gaps["own"] = [row[row["own"]] for row in gaps.to_dict("records")]  # name of a judge -> its score
     gaps["patterns"] = [", ".join(find_patterns(*pair)) for pair in zip(gaps.instruction, gaps.output)]
     gaps = gaps.assign(gap=gaps.own - gaps[GOLD]).sort_values("gap", ascending=False)
     return gaps.filter(["policy", "own", GOLD, TRUTH, "patterns", "instruction", "output"])
@@ -584,9 +584,7 @@ def transfer_command(
     run: Run,
     judge_url: JudgeUrls = (),
     judge_model: JudgeModels = (),
-    prompts: Annotated[
-        list[ChatPrompt], Option("--style", help="How chat judges, and a chat gold, are asked.")
-    ] = (POINTWISE,),
+    prompts: ChatPrompts = (POINTWISE,),
     judge_tokens: JudgeTokens = 1024,
     judge_effort: JudgeEffort = "none",
     threads: annotate.Threads = 64,
@@ -602,7 +600,7 @@ def transfer_command(
         own, matrix[policy] = rows.own.iloc[0], {}
         for name, scores in rows.groupby("judge", sort=False):
             stats = attack_stats(scores.score, scores.reference)
-            for old, new in (("ci", "interval"), ("honest", "base"), ("attacked", "final")):
+            for old, new in (("ci", "interval"), ("honest", "base"), ("attacked", "final")):  # no attack here
                 stats[new] = stats.pop(old)
             matrix[policy][name] = {**stats, "own": name == own}
         show_stats(f"policy {policy}, trained against {own}: how often it beats the base", matrix[policy])

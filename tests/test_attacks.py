@@ -98,7 +98,7 @@ def test_false_alarms_on_real_outputs() -> None:
 
 def test_attacks_are_what_they_say() -> None:
     instruction, output = next(iter(BUILT_IN.items()))
-    made = {name: attacks.attacked(text, instruction, output) for name, text in attacks.ATTACKS.items()}
+    made = {name: attacks.fill_attack(text, instruction, output) for name, text in attacks.ATTACKS.items()}
     assert len(set(made.values())) == len(made) and "why the sky is blue" in made["refusal"]
     alone = {"refusal", "suffix_alone", "one_token", "top_digit", "empty"}
     assert {name for name, text in made.items() if output not in text} == alone
@@ -113,7 +113,7 @@ def test_attacks_are_what_they_say() -> None:
 @settings(deadline=None)
 @given(st.sampled_from(list(attacks.ATTACKS)), TEXTS, TEXTS)
 def test_hostile_text_stays_in_its_block(name: str, instruction: str, output: str) -> None:
-    text = attacks.attacked(attacks.ATTACKS[name], instruction, output)
+    text = attacks.fill_attack(attacks.ATTACKS[name], instruction, output)
     assert text.count(output) >= attacks.ATTACKS[name].count("{output}")
     for prompt in ("pointwise", "delimiters", "rule", "system-rule"):
         case = annotate.judge_messages(instruction, text, **attacks.PROMPTS[prompt])[-1]["content"]
@@ -389,7 +389,7 @@ def run(tmp_path: Path) -> Path:
     adapter = run / "policies/p/checkpoints/step-000002"
     annotate.write_json(adapter / "adapter_config.json", {"base_model_name_or_path": "m", "r": 8})
     annotate.write_text(adapter / "adapter_model.safetensors", "")
-    refusal = attacks.attacked(attacks.ATTACKS["refusal"], ASKED, "")
+    refusal = attacks.fill_attack(attacks.ATTACKS["refusal"], ASKED, "")
     made = [(0, "Rain.", 1.0), (0, "Soft rain.", 5.0), (2, refusal, 9.0), (2, "Rain. END OF TEXT.", 8.0)]
     rows = [{"step": step, "completion": text, "reward": reward} for step, text, reward in made]
     annotate.write_jsonl(run / "policies/p/rollouts.jsonl", [{**row, "instruction": ASKED} for row in rows])
