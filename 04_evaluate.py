@@ -3,7 +3,7 @@
     python 04_evaluate.py gold     --run runs/demo    # every checkpoint's scores over training: Figures 3-5
     python 04_evaluate.py examples --run runs/demo    # outputs before and after training, side by side
     python 04_evaluate.py judges   --run runs/demo --prompted    # agreement of every judge with gold
-    python 04_evaluate.py study    --study runs/study            # both, for several runs: mean and range
+    python 04_evaluate.py study    --study runs/study            # gold and judges of many runs: mean, range
     python 04_evaluate.py arena    --run runs/paper --policy reasoning    # Arena-Hard-V2: 750 questions
     python 04_evaluate.py arena-score --data runs/paper/evaluation/arena --category creative_writing
 
@@ -61,21 +61,22 @@ class PolicyRecord(TypedDict):
     """A finished policy: what this stage reads in its policy.json, and what it adds."""
 
     model: str  # the base model
-    judge: str  # its own judge
+    judge: str  # the name of its own judge
     lora_rank: int
     lora_modules: list[str]
     max_prompt: int  # tokens
     max_tokens: int  # of an output
     temperature: float
-    base: str  # policies of one base model that sample alike share this id, and step 0's outputs
+    step0_id: str  # policies that share it, and step 0's outputs, have one base model and sample alike
     checkpoints: dict[int, Path]  # step -> adapter
 
 
-JudgeRecord = sft.JudgeRecord
+Judges = dict[str, sft.JudgeRecord]  # by name
+Policies = dict[str, PolicyRecord]
 
 
-def trained_judges(run: Path, prompted: bool = False) -> dict[str, JudgeRecord]:
-    """The record of every finished judge, with the path of its adapter, after the `untrained_judges`."""
+def all_judges(run: Path, prompted: bool = False) -> Judges:
+    """Every finished judge of the run and, first in the dict's order, their base models asked as judges."""
     trained = {}
     for path in sorted((run / "judges").glob("*/judge.json")):
         folder, record = sft.find_judge(run, path.parent.name)
@@ -86,7 +87,7 @@ def trained_judges(run: Path, prompted: bool = False) -> dict[str, JudgeRecord]:
     return untrained_judges(trained, ways) | trained
 
 
-def untrained_judges(trained: dict[str, JudgeRecord], ways: list[str]) -> dict[str, JudgeRecord]:
+def untrained_judges(trained: Judges, ways: list[str]) -> Judges:
     """The base models of the `trained` judges as judges without an adapter, each asked in all `ways`.
 
     A way, such as "-reasoning-rubrics", ends the judge's name: base, base-pairwise, base-reasoning, ….
@@ -100,15 +101,15 @@ def untrained_judges(trained: dict[str, JudgeRecord], ways: list[str]) -> dict[s
             name += f"-{Path(judge['model']).name}"
         if judge.get("pairwise"):
             name += "-pairwise"
-        asked = {"reasoning": "reasoning" in way, "rubrics": "rubrics" in way, "max_thinking": longest}
-        untrained[name + way] = {**judge, **asked, "adapter": None, "before": "", "effort": ""}
+        settings = {"reasoning": "reasoning" in way, "rubrics": "rubrics" in way, "max_thinking": longest}
+        untrained[name + way] = {**judge, **settings, "adapter": None, "before": "", "effort": ""}
     return untrained
 
 
-def trained_policies(run: Path) -> dict[str, PolicyRecord]:
+def trained_policies(run: Path) -> Policies:
     """The record of every finished policy by its name; one without checkpoints ends the command."""
     needs = ("model", "judge", "lora_rank", "lora_modules", "max_prompt", "max_tokens", "temperature")
-    found: dict[str, PolicyRecord] = {}
+    found: Policies = {}
     for path in sorted((run / "policies").glob("*/policy.json")):
         policy = annotate.read_json(path, needs)
         checkpoints = {}
@@ -117,8 +118,8 @@ def trained_policies(run: Path) -> dict[str, PolicyRecord]:
             checkpoints[step] = sft.check_adapter(folder, policy["model"], policy["lora_rank"])
         if not checkpoints:
             annotate.fail(f"{path.parent} has no checkpoints. Restore them, or delete it and train it again.")
-        base = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
-        found[path.parent.name] = {**policy, "base": base, "checkpoints": checkpoints}
+        step0_id = f"{BASE}:{policy['model']}:{policy['temperature']}:{policy['max_tokens']}"
+        found[path.parent.name] = {**policy, "step0_id": step0_id, "checkpoints": checkpoints}
     return found
 
 
@@ -126,15 +127,20 @@ def find_policy(run: Path, wanted: str) -> tuple[str, PolicyRecord, int, Path | 
     """(name, policy, step, adapter) of NAME (its last step), NAME:STEP, or base (no adapter)."""
     policies = trained_policies(run)
     name, _, step = wanted.partition(":")
-    if name == BASE:
+    if name == BASE:  # any policy will do: step 0 is the base model
         name, step = min(policies, default=BASE), "0"
-    adapters = {}
-    if name in policies:
-        adapters = {0: None, **policies[name]["checkpoints"]}
-    steps = [number for number in adapters if step in ("", str(number))]
-    if not steps:
+    adapters = {0: None, **policies[name]["checkpoints"]} if name in policies else {}
+    steps = {str(number): number for number in adapters}
+    wanted_step = step or str(max(adapters, default=0))
+    if wanted_step not in steps:
         annotate.fail(f"--policy {wanted}: {run} has no such policy, or it no such step ({list(adapters)}).")
-    return name, policies[name], steps[-1], adapters[steps[-1]]
+    number = steps[wanted_step]
+    return name, policies[name], number, adapters[number]
+
+
+def by_model(records: dict[str, Any]) -> dict[str, Any]:
+    """The policies or judges `records` in the order of their base models, so that each server starts once."""
+    return dict(sorted(records.items(), key=lambda item: item[1]["model"]))
 
 
 class ServerCache(ExitStack):
@@ -165,25 +171,26 @@ class ServerCache(ExitStack):
         self.endpoint = None
 
 
-# --- Answers are kept, and asked for again where anything that changes them has changed --------------
+# --- Answers are cached, and asked for again where anything that changes them has changed ------------
 
 LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")  # of a judge's prompt and of its answer
 BEYOND_LIMIT = ("prompt too long", "thinking did not close", "cut off")  # causes that a higher one may mend
 
 
-def identity(asked: Row, run: Path | None = None) -> str:
-    """A hash of who is asked: an adapter's weights or a model's name, and the settings of its answers.
+def identity(record: Row, run: Path | None = None) -> str:
+    """A hash of who answers: an adapter's weights or a model's name, and the settings of its answers.
 
     The judge's or policy's own name, its URL and the run's folder do not count: they change no answer.
     """
-    adapter = asked.get("adapter")
+    adapter = record.get("adapter")
     if adapter:
-        who = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+        model = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     else:
-        who = asked.get("gold") or asked["model"]
-    settings = [asked.get(key) for key in ("reasoning", "temperature", "max_tokens", "effort", "gold_effort")]
-    rubrics = sft.read_rubrics(run) if asked.get("rubrics") else None
-    return annotate.short_hash(json.dumps([who, settings, rubrics]))
+        model = record.get("gold") or record["model"]
+    names = ("reasoning", "temperature", "max_tokens", "effort", "gold_effort")
+    settings = [record.get(name) for name in names]
+    rubrics = sft.read_rubrics(run) if record.get("rubrics") else None
+    return annotate.short_hash(json.dumps([model, settings, rubrics]))
 
 
 def answer_key(who: str, question: Any) -> str:
@@ -191,51 +198,55 @@ def answer_key(who: str, question: Any) -> str:
     return annotate.short_hash(who, json.dumps(question))
 
 
-def kept(path: Path, tasks: Row, asked: Any, opening: Any, work: Any, label: str, threads: int) -> list[Row]:
-    """The records of all `tasks` (id -> task), from `path` where it has them, else made and added to it.
+def answers_from_cache(
+    path: Path, tasks: Row, record: Any, server: Any, work: Any, title: str, threads: int
+) -> list[Row]:
+    """The answers to all `tasks` (id -> task), from `path` where it has them, else made and added to it.
 
-    A record is made by `work(opened, task)`, where `opening` yields `opened`, so that no server is started if
-    nothing is left to do. Two kinds are made again: answers that ran into a limit which is higher now, and
-    what the oracle says, which costs nothing, since its code may have changed.
+    `record` is that of the judge or policy that answers. `server` is a context manager, entered only if
+    answers are missing; each is then made by work(what `server` yields, task). Two kinds are made again:
+    answers that ran into a limit which is higher now, and what the oracle says, which costs nothing, since
+    its code may have changed.
     """
-    limit = sum(asked.get(name, 0) for name in LIMITS)  # the tokens of prompt and answer together
+    limit = sum(record.get(name, 0) for name in LIMITS)  # the tokens of prompt and answer together
     known = {}
-    for record in annotate.read_done(path):
-        ran_into_limit = str(record.get("cause")).startswith(BEYOND_LIMIT)
-        again = asked.get("gold") == "oracle" or (ran_into_limit and record.get("limit", 0) < limit)
-        if not again or record["id"] not in tasks:
-            known[record["id"]] = record
+    for answer in annotate.read_done(path):
+        ran_into_limit = str(answer.get("cause")).startswith(BEYOND_LIMIT)
+        again = record.get("gold") == "oracle" or (ran_into_limit and answer.get("limit", 0) < limit)
+        if not again or answer["id"] not in tasks:
+            known[answer["id"]] = answer
     if tasks.keys() <= known.keys():
         return [known[key] for key in tasks]
     annotate.write_jsonl(path, known.values())
-    with opening as opened:
+    with server as opened:
 
         def make(task: Any) -> Row:
             return {**work(opened, task), "limit": limit}
 
-        return annotate.map_to_jsonl(path, tasks, make, label, threads)
+        return annotate.map_to_jsonl(path, tasks, make, title, threads)
 
 
-def judged(
-    path: Path, judge: Any, tasks: list[Row], opening: Any, work: Any, run: Path, threads: int,
-    question: Callable[[Row], Any] = partial(sft.row_messages, rubrics=None),
+def judgements_from_cache(
+    path: Path, judge: Any, tasks: list[Row], server: Any, work: Any, run: Path, threads: int,
+    question: Callable[[Row], Any] = partial(sft.row_messages, rubrics=None),  # rubrics are in identity()
 ) -> list[Row]:  # fmt: skip
-    """What `judge` says of each of `tasks`, in their order, `kept` under who it is and what it is asked.
+    """What `judge` says of each of `tasks`, in their order; cached by who it is and what it is asked.
 
     So no text is judged twice. Gold's label is not part of the records, because gold may be replaced.
     """
     who = identity(judge, run)
     keys = [answer_key(who, question(task)) for task in tasks]
-    records = kept(path, dict(zip(keys, tasks)), judge, opening, work, f"{path.stem} judges", threads)
-    by_key = {record["id"]: record for record in records}
-    return [by_key[key] for key in keys]
+    by_key = dict(zip(keys, tasks))
+    records = answers_from_cache(path, by_key, judge, server, work, f"{path.stem} judges", threads)
+    found = {record["id"]: record for record in records}
+    return [found[key] for key in keys]
 
 
 @contextmanager
 def open_judge(name: str, judge: Row, servers: ServerCache) -> Iterator[Callable[..., Row]]:
     """A judge as a function (instruction, output[, other output]) -> verdict.
 
-    `judge` is its record; that of gold and truth are the options of stage 1.
+    `judge` is its record; that of gold and of truth is the options of stage 1.
     """
     if name == TRUTH:
         yield lambda instruction, output: {"expected": annotate.truth(instruction, output), "cause": None}
@@ -257,20 +268,18 @@ def write_output(policy: PolicyRecord, tokenizer: Any, served: tuple[Any, str | 
     """`row` with the output that the policy samples for its instruction."""
     endpoint, adapter = served
     prompt = annotate.policy_prompt(tokenizer, row["instruction"])
-    limits = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
-    (sample,) = endpoint.sample(prompt, model=adapter, **limits)
+    sampling = {"temperature": policy["temperature"], "max_tokens": policy["max_tokens"]}
+    (sample,) = endpoint.sample(prompt, model=adapter, **sampling)
     tokens = len(sample.tokens_T)
     return {**row, "output": sample.text.strip(), "tokens": tokens, "finished": sample.finished}
 
 
-def output_ids(name: str, step: int, adapter: Path) -> str:
+def id_prefix(name: str, step: int, adapter: Path) -> str:
     """How the ids of a checkpoint's outputs begin."""
     return f"{name}:{step}:{identity({'adapter': adapter})}"
 
 
-def write_outputs(
-    run: Path, policies: dict[str, PolicyRecord], servers: ServerCache, threads: int
-) -> list[Row]:
+def write_outputs(run: Path, policies: Policies, servers: ServerCache, threads: int) -> list[Row]:
     """Outputs of all checkpoints for the test instructions that fit into `max_prompt` tokens.
 
     Step 0 is the base model, once for all policies that sample alike. Steps between the first and the last
@@ -279,18 +288,18 @@ def write_outputs(
     path, outputs = run / "evaluation" / "outputs.jsonl", {}
     rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
     rows = [row for row in rows if row["split"] == "policy_test"]
-    for name, policy in sorted(policies.items(), key=lambda item: item[1]["model"]):
+    for name, policy in by_model(policies).items():
         tokenizer = annotate.load_tokenizer(policy["model"])
         prompt = partial(annotate.policy_prompt, tokenizer)
         fitting = [row for row in rows if len(prompt(row["instruction"])) <= policy["max_prompt"]]
         for step, adapter in [(0, None), *policy["checkpoints"].items()]:
-            who = output_ids(name, step, adapter) if adapter else policy["base"]
-            about = {"policy": name if adapter else BASE, "step": step, "base": policy["base"]}
-            asked = fitting if step in (0, max(policy["checkpoints"])) else fitting[::2]
-            tasks = {f"{who}:{row['id']}": {**about, "instruction": row["instruction"]} for row in asked}
-            served, work = servers.adapter(policy["model"], adapter), partial(write_output, policy, tokenizer)
-            made = kept(path, tasks, policy, served, work, f"outputs of {who}", threads)
-            outputs |= {row["id"]: row for row in made}
+            prefix = id_prefix(name, step, adapter) if adapter else policy["step0_id"]
+            about = {"policy": name if adapter else BASE, "step": step, "base": policy["step0_id"]}
+            used = fitting if step in (0, max(policy["checkpoints"])) else fitting[::2]
+            tasks = {f"{prefix}:{row['id']}": {**about, "instruction": row["instruction"]} for row in used}
+            server, work = servers.adapter(policy["model"], adapter), partial(write_output, policy, tokenizer)
+            answers = answers_from_cache(path, tasks, policy, server, work, f"outputs of {prefix}", threads)
+            outputs |= {row["id"]: row for row in answers}
     annotate.write_jsonl(path, outputs.values())
     return list(outputs.values())
 
@@ -319,16 +328,17 @@ def score_outputs(
 ) -> dict[str, float | None]:
     """id -> expected score (0-9) of `outputs` by the judge `name`; None where its verdict is invalid.
 
-    A pairwise judge compares with the output of the policy's own base, which is among `outputs`.
+    A pairwise judge compares with step 0's output for the same instruction, which is among `outputs`.
     """
-    bases = {(row["base"], row["instruction"]): row["output"] for row in outputs if row["step"] == 0}
+    of_step0 = [row for row in outputs if row["step"] == 0]  # row["base"] is a step0_id
+    base_outputs = {(row["base"], row["instruction"]): row["output"] for row in of_step0}
     tasks = []
     for row in outputs:
         task = {key: row[key] for key in ("id", "instruction", "output")}
-        task["other"] = bases[row["base"], row["instruction"]] if judge.get("pairwise") else None
+        task["other"] = base_outputs[row["base"], row["instruction"]] if judge.get("pairwise") else None
         tasks.append(task)
-    path, opening = servers.run / "evaluation" / "scores" / f"{name}.jsonl", open_judge(name, judge, servers)
-    records = judged(path, judge, tasks, opening, score_output, servers.run, threads)
+    path, server = servers.run / "evaluation" / "scores" / f"{name}.jsonl", open_judge(name, judge, servers)
+    records = judgements_from_cache(path, judge, tasks, server, score_output, servers.run, threads)
     return {row["id"]: record["expected"] for row, record in zip(outputs, records)}
 
 
@@ -350,9 +360,10 @@ SCORES |= {"truth": "truth: nobody trains on it", "content": "content, of 7: wha
 def curve(frame: Any) -> list[Row]:
     """The points of one policy, one for each step, from a frame (step, instruction, own, gold, output, …).
 
-    A point has {step, n, tokens, unfinished[, claims]}, means and shares over `n` outputs, and for each score
-    S: S, S_lift, their 95 % intervals S_interval and S_lift_interval by a bootstrap over instructions, and
-    S_unusable, the number of invalid scores. A lift compares the same instructions.
+    A point: {"step": 4, "n": 40, "tokens": 9.5, "unfinished": 0.0, "claims": 0.7, "own": 6.1, "own_interval":
+    [5.8, 6.4], "own_lift": 1.2, "own_lift_interval": [0.9, 1.5], "own_unusable": 0}, and for gold, truth and
+    content as for own: means and shares of `n` outputs, with 95 % intervals by a bootstrap over instructions.
+    Unusable are invalid scores. A lift compares the same instructions.
     """
     points, frame = [], frame.set_index("instruction")
     start = frame[frame.step == 0]
@@ -395,20 +406,21 @@ def change(scores: Row, key: str, digits: int = 1) -> Change:
 
 def policy_finding(name: str, kind: str, last: Row) -> str:
     """Finding 1 or 2 by the last point of a policy that was trained against a judge of this `kind`."""
-    own, gold, truth, content = (change(last, key) for key in SCORES)
+    own, gold = change(last, "own"), change(last, "gold")
     if kind == "direct":
         shown = "shown" if own.rises and gold.falls else "not shown"
         return f"finding 1: {shown}, own {own.text}, gold {gold.text} (policy {name})"
     if "claims" not in last:  # without a truth nobody knows whether gold is fooled
         says = "gold rises" if gold.rises else "gold does not rise"
         return f"finding 2: {says}, gold {gold.text} (policy {name})"
+    truth, content = change(last, "truth"), change(last, "content")
     shown = "shown" if gold.rises and truth.falls and last["claims"] >= 0.5 else "not shown"
     text = f"truth {truth.text}, content {content.text}, claims {last['claims']:.0%} (policy {name})"
     return f"finding 2: {shown}, gold {gold.text}, {text}"
 
 
 def judge_finding(name: str, scores: Row) -> str:
-    """Finding 3 by the agreement of a judge after GRPO; that of the few outputs it judges validly is none."""
+    """Finding 3 by a judge's agreement after GRPO; not shown where over a tenth is invalid."""
     alpha = change(scores, "alpha", digits=0)
     most_are_valid = scores.get("alpha_unusable", 0) <= 0.1 * scores.get("n", 0)
     shown = "shown" if alpha.rises and most_are_valid else "not shown"
@@ -451,22 +463,23 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
     Lines are means. Bands are intervals (MEASURE_interval) where a step has one row, else the range.
     """
     names = list(points.policy.unique())
-    panels = {label: texts for label, texts in panels.items() if points.columns.intersection(texts).size}
+    panels = {title: texts for title, texts in panels.items() if points.columns.intersection(texts).size}
     ratios = [3] + [1] * (len(panels) - 1)
     figure = annotate.new_figure(3.8 * len(names) + 0.8, 1.2 * sum(ratios) + 0.8)
     grid = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": ratios}
     axes = figure.subplots(len(panels), len(names), **grid)
-    for (row, label), (column, name) in itertools.product(enumerate(panels), enumerate(names)):
+    for (row, title), (column, name) in itertools.product(enumerate(panels), enumerate(names)):
         axis, rows = axes[row, column], points[points.policy == name].sort_values("step")
-        axis.set(title="" if row else name, ylabel="" if column else label)
+        axis.set(title="" if row else name, ylabel="" if column else title)
         axis.grid(alpha=0.3)
-        for key, text in panels[label].items():
+        for key, text in panels[title].items():
             if key not in rows or rows[key].isna().all():
                 continue
             by_step = rows.astype({key: float}).groupby("step")[key]
             mean, low, high = by_step.mean(), by_step.min(), by_step.max()
             if f"{key}_interval" in rows and len(mean) == len(rows):
-                low, high = (rows[f"{key}_interval"].str[end].astype(float) for end in (0, 1))
+                intervals = rows[f"{key}_interval"]  # .str[i] takes item i of each list
+                low, high = intervals.str[0].astype(float), intervals.str[1].astype(float)
             (line,) = axis.plot(mean, "o-", ms=4, color=COLOURS.get(key), label=text)
             axis.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, lw=0)
             axis.legend(loc="best", fontsize=8)
@@ -491,31 +504,28 @@ def heatmap(frame: Any, path: Path, label: str) -> None:
     print(f"picture: {path}")
 
 
-def score_policies(
-    run: Path, trained: dict[str, JudgeRecord], policies: dict[str, PolicyRecord], gpus: str, threads: int
-) -> Any:
+def score_policies(run: Path, judges: Judges, policies: Policies, gpus: str, threads: int) -> Any:
     """A frame of the outputs of each policy and of its base, with the scores by its own judge and by gold."""
     options, scores, rows = annotate.read_options(run / "annotations"), {}, []
-    # Each server starts once. That of the last outputs is still up, so judges on its base model come first,
+    # Each server starts once. `write_outputs` leaves that of the last model up, so judges on it come first,
     # then those on each other base model; gold, which takes all GPUs for its own server, is last.
-    is_up = max(policy["model"] for policy in policies.values())
-    models = [is_up, *sorted({judge["model"] for judge in trained.values()} - {is_up})]
-    judges = dict(sorted(trained.items(), key=lambda item: models.index(item[1]["model"])))
-    judges |= {TRUTH: options, GOLD: options, PAIRWISE_GOLD: {**options, "pairwise": True}}
-    with ServerCache(run, [*trained.values(), *policies.values()], gpus) as servers:
+    is_up = list(by_model(policies).values())[-1]["model"]
+    scorers = dict(sorted(by_model(judges).items(), key=lambda item: item[1]["model"] != is_up))
+    scorers |= {TRUTH: options, GOLD: options, PAIRWISE_GOLD: {**options, "pairwise": True}}  # of 01
+    with ServerCache(run, [*judges.values(), *policies.values()], gpus) as servers:
         written = write_outputs(run, policies, servers, threads)
         for name, policy in policies.items():
             own = policy["judge"]
-            readers = {"own": own, "gold": PAIRWISE_GOLD if judges[own].get("pairwise") else GOLD}
-            alike = [row for row in written if row["base"] == policy["base"]]
-            to_score = [row for row in alike if row["policy"] in (name, BASE)]
-            rows += [{**row, "policy": name, "readers": readers} for row in to_score]
-        for judge, record in judges.items():
-            asked = [row for row in rows if judge in row["readers"].values()]
-            scores[judge] = score_outputs(asked, judge, record, servers, threads)
+            scored_by = {"own": own, "gold": PAIRWISE_GOLD if scorers[own].get("pairwise") else GOLD}
+            alike = [row for row in written if row["base"] == policy["step0_id"]]
+            of_policy = [row for row in alike if row["policy"] in (name, BASE)]
+            rows += [{**row, "policy": name, "scored_by": scored_by} for row in of_policy]
+        for name, record in scorers.items():
+            to_score = [row for row in rows if name in row["scored_by"].values()]
+            scores[name] = score_outputs(to_score, name, record, servers, threads)
     for row in rows:
-        readers, text = row.pop("readers"), (row["instruction"], row["output"])
-        row |= {column: scores[judge][row["id"]] for column, judge in readers.items()}
+        scored_by, text = row.pop("scored_by"), (row["instruction"], row["output"])
+        row |= {column: scores[name][row["id"]] for column, name in scored_by.items()}
         if options["gold"] == "oracle":
             row |= {"truth": annotate.truth(*text), "content": annotate.content(*text)}
     frame = pd.DataFrame(rows)
@@ -525,18 +535,18 @@ def score_policies(
 @app.command("gold")
 def gold_command(run: Run, threads: annotate.Threads = 64, gpus: annotate.Gpus = "0") -> None:
     """The over-optimisation curves: own judge, gold judge and truth over training steps."""
-    trained, policies, folder = trained_judges(run), trained_policies(run), run / "evaluation"
+    judges, policies, folder = all_judges(run), trained_policies(run), run / "evaluation"
     if not policies:
         annotate.fail(f"{run} has no finished policy. Run this first: python 03_rl.py policy --run {run}")
     own = {name: policy["judge"] for name, policy in policies.items()}
     kinds = {}
-    for name, judge in own.items():
-        if judge not in (*trained, GOLD, TRUTH):
-            annotate.fail(f"{run}/judges lacks {judge}, against which policy {name} was trained.")
-        if judge in trained and not trained[judge].get("pairwise"):
-            kinds[name] = "reasoning" if trained[judge]["reasoning"] else "direct"
+    for name, judge_name in own.items():
+        if judge_name not in (*judges, GOLD, TRUTH):
+            annotate.fail(f"{run}/judges lacks {judge_name}, against which policy {name} was trained.")
+        if judge_name in judges and not judges[judge_name].get("pairwise"):
+            kinds[name] = "reasoning" if judges[judge_name]["reasoning"] else "direct"
     annotate.record_config(folder, {})
-    frame = score_policies(run, trained, policies, gpus, threads)
+    frame = score_policies(run, judges, policies, gpus, threads)
     lines = frame.to_json(orient="records", lines=True, double_precision=15)
     annotate.write_text(folder / "scored.jsonl", lines)
     points = {name: curve(frame[frame.policy == name].sort_values("id")) for name in policies}
@@ -591,24 +601,24 @@ def judges_command(
     gpus: annotate.Gpus = "0",
 ) -> None:
     """Agreement of every judge with gold on the judges' test set: the paper's alpha x 100, or accuracy."""
-    judges, folder = trained_judges(run, prompted), run / "evaluation"
+    judges, folder = all_judges(run, prompted), run / "evaluation"
     scores: dict[str, Row] = {}
-    said: dict[str, list[Row]] = {}
+    judgements: dict[str, list[Row]] = {}
     if not judges:
         annotate.fail(f"{run} has no finished judge. Run this first: python 02_train_judge.py --run {run}")
     annotate.record_config(folder, {})
     with ServerCache(run, judges.values(), gpus) as servers:
-        for name, judge in sorted(judges.items(), key=lambda item: item[1]["model"]):
+        for name, judge in by_model(judges).items():
             pairwise = judge.get("pairwise", False)
             rows = sft.labelled(run, "judge_test", pairwise=pairwise)
-            path, opening = folder / "judges" / f"{name}.jsonl", open_judge(name, judge, servers)
-            verdicts = judged(path, judge, rows, opening, sft.judge_row, run, threads)
-            said[name] = [{**verdict, "gold": row["label"]} for verdict, row in zip(verdicts, rows)]
-            scores[name] = sft.agreement(said[name], pairwise=pairwise)
+            path, server = folder / "judges" / f"{name}.jsonl", open_judge(name, judge, servers)
+            verdicts = judgements_from_cache(path, judge, rows, server, sft.judge_row, run, threads)
+            judgements[name] = [{**verdict, "gold": row["label"]} for verdict, row in zip(verdicts, rows)]
+            scores[name] = sft.agreement(judgements[name], pairwise=pairwise)
     for name, judge in judges.items():
         before = judge.get("before")  # the judge that GRPO began with
-        if before in said and not judge.get("pairwise"):
-            scores[name] |= alpha_lift(said[before], said[name])
+        if before in judgements and not judge.get("pairwise"):
+            scores[name] |= alpha_lift(judgements[before], judgements[name])
     annotate.write_json(folder / "judges.json", scores)
     for measure in ("alpha", "accuracy"):
         table = {name: score for name, score in scores.items() if measure in score}
@@ -717,7 +727,7 @@ def style_metadata(text: str) -> dict[str, dict[str, int]]:
 
 
 def style_difference(candidate: Row, baseline: Row) -> list[float]:
-    """(a - b) / (a + b) tokens of both answers; then of headers, lists, bold a token, with 1 added below."""
+    """(a - b) / (a + b) of tokens; then (x - y) / (x + y + 1), x and y being marks of one kind per token."""
     a, b = candidate["token_len"], baseline["token_len"]
     differences = [(a - b) / max(a + b, 1)]
     for mark in STYLE[1:]:
@@ -729,8 +739,8 @@ def style_difference(candidate: Row, baseline: Row) -> list[float]:
 def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any) -> Any:
     """The K coefficients of greatest likelihood of B weighted battles, by Newton's method.
 
-    NaN if there are none: they grow for ever where style or a model decides every battle; and where each
-    model has a style of its own, others are as good.
+    NaN where the likelihood has no single maximum: where style or a model decides every battle, a larger
+    coefficient is always better; where each model has a style of its own, many others are as good.
     """
     K = features_BK.shape[1]
     beta_K = np.zeros(K)
@@ -740,14 +750,14 @@ def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any) -> Any:
         if np.linalg.matrix_rank(hessian_KK) < K:
             break
         step_K = np.linalg.solve(hessian_KK, features_BK.T @ (weights_B * (won_B - p_B)))
-        change = np.abs(features_BK @ step_K).max()  # of a battle's logit
-        beta_K = beta_K + step_K / max(1, change / 4)  # no change above 4: a longer step may miss the maximum
-        if change < 1e-6:
+        largest = np.abs(features_BK @ step_K).max()  # change of a battle's logit
+        beta_K = beta_K + step_K / max(1, largest / 4)  # none above 4: a longer step may miss the maximum
+        if largest < 1e-6:
             return beta_K
     return np.full(K, np.nan)
 
 
-def interval(rates: Any) -> list[float] | None:
+def quantiles(rates: Any) -> list[float] | None:
     """[low, high] in per cent: 5 to 95 % of a bootstrap's `rates`; None if one of its draws has none."""
     if np.isnan(rates).any():
         return None
@@ -777,7 +787,7 @@ def style_scores(frame: Any, rng: np.random.Generator) -> dict[str, Row]:
     scores: dict[str, Row] = {}
     for k, name in enumerate(models):
         score, *draws = rates_DK[:, k].tolist()
-        scores[name] = {"score_style": None if np.isnan(score) else 100 * score, "ci_style": interval(draws)}
+        scores[name] = {"score_style": None if np.isnan(score) else 100 * score, "ci_style": quantiles(draws)}
     return scores
 
 
@@ -801,7 +811,7 @@ def arena_scores(rows: Iterable[Row], metadata: Row, category: str) -> dict[str,
     even = {"score": 50.0, "score_style": 50.0, "ci": [50.0, 50.0], "ci_style": [50.0, 50.0], "battles": 0}
     scores: dict[str, Row] = {baseline: even}
     for name, won in frame.groupby("model").won:
-        ci = interval(rng.choice(won, (DRAWS, len(won))).mean(1))
+        ci = quantiles(rng.choice(won, (DRAWS, len(won))).mean(1))
         score = {"score": 100 * float(won.mean()), "ci": ci, "battles": len(won)}
         scores[name] = score | styled.get(name, {"score_style": None, "ci_style": None})
         if scores[name]["ci_style"] is None:
@@ -820,8 +830,8 @@ def arena_score_command(
     paths = sorted((data / "model_judgment" / judge).glob("*.jsonl"))
     if not paths:
         annotate.fail(f"{data}/model_judgment has no judge {judge}. Name one of its folders by --judge.")
-    judged = [annotate.read_jsonl(path, ("uid", "category", "model", "games")) for path in paths]
-    rows = [row for row in itertools.chain(*judged) if row["category"] == category]
+    judgments = [annotate.read_jsonl(path, ("uid", "category", "model", "games")) for path in paths]
+    rows = [row for row in itertools.chain(*judgments) if row["category"] == category]
     metadata: dict[str, Row] = {}
     for path in sorted((data / "model_answer").glob("*.jsonl")):
         for row in annotate.read_jsonl(path, ("uid", "model", "metadata")):
@@ -910,9 +920,9 @@ def play(endpoint: Any, task: Row) -> Row:
     """The judgment of a question: two games, the baseline's answer in position A, then the candidate's."""
     games = []
     for messages in task["messages"]:
-        said = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
-        score = None if said["cause"] else last_verdict(said["text"])
-        games.append({"score": score, "judgment": {"answer": said["text"]}, "cause": said["cause"]})
+        reply = annotate.ask_gold(endpoint, messages, "(?s).+", JUDGMENT, "none")
+        score = None if reply["cause"] else last_verdict(reply["text"])
+        games.append({"score": score, "judgment": {"answer": reply["text"]}, "cause": reply["cause"]})
     about = {key: task[key] for key in ("uid", "category", "model", "judge", "baseline")}
     causes = [game["cause"] for game in games if annotate.request_failed(game["cause"])]
     # One game is no judgment: after any failure a later call plays both again.
@@ -936,52 +946,52 @@ def arena_command(
     answers/ and games/ keep all that was ever said; model_answer/ and model_judgment/ hold this call's part.
     """
     name, record, step, adapter = find_policy(run, policy)
-    model, label, judge = record["model"], f"{name}-{step}", Path(arena_judge).name
+    model, alias, judge = record["model"], f"{name}-{step}", Path(arena_judge).name
     folder, tokenizer = run / "evaluation" / "arena", annotate.load_tokenizer(model)
     annotate.record_config(run / "evaluation", {})
     annotate.record_config(folder, {"tokenizer": model})
     room = min(annotate.context_length(model) - ANSWER - 16, LONGEST)
-    kinds = [category] if category else list(Category)
+    categories = [category] if category else list(Category)
     tasks: list[Row] = []
-    for kind in kinds:
-        questions, theirs = load_benchmark(data, kind, limit)
-        write_answers(folder, BASELINES[kind], tokenizer, theirs)
+    for category in categories:
+        questions, theirs = load_benchmark(data, category, limit)
+        write_answers(folder, BASELINES[category], tokenizer, theirs)
         fitting = [row for row in questions if len(annotate.policy_prompt(tokenizer, row["prompt"])) <= room]
-        print(f"{kind}: {len(fitting)} of {len(questions)} questions fit into {room} tokens")
-        about = {"model": label, "judge": judge, "baseline": BASELINES[kind]}
+        print(f"{category}: {len(fitting)} of {len(questions)} questions fit into {room} tokens")
+        about = {"model": alias, "judge": judge, "baseline": BASELINES[category]}
         tasks += [{**row, **about, "theirs": theirs[row["uid"]]} for row in fitting]
 
     user: Any = {**record, "adapter": adapter, "max_prompt": room, "max_tokens": ANSWER, "temperature": 0}
     who = identity(user)
-    asked = {answer_key(who, task["prompt"]): {"instruction": task["prompt"]} for task in tasks}
-    path = folder / "answers" / f"{label}.jsonl"
+    tasks_by_key = {answer_key(who, task["prompt"]): {"instruction": task["prompt"]} for task in tasks}
+    path = folder / "answers" / f"{alias}.jsonl"
     with ServerCache(run, [user], gpus) as servers:
-        served, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
-        made = kept(path, asked, user, served, work, f"answers of {label}", threads)
-    outputs = {row["id"]: row["output"] for row in made}
+        server, work = servers.adapter(model, adapter), partial(write_output, user, tokenizer)
+        answers = answers_from_cache(path, tasks_by_key, user, server, work, f"answers of {alias}", threads)
+    outputs = {row["id"]: row["output"] for row in answers}
 
     url = arena_url or ("" if "/" in arena_judge else HOSTED)
     longest = LONGEST + 2 * JUDGMENT  # tokens: a game that is cut off is played again with twice as many
-    opening = annotate.chat_endpoint(arena_judge, url, "ARENA_API_KEY", longest, gpus, run / "logs")
+    server = annotate.chat_endpoint(arena_judge, url, "ARENA_API_KEY", longest, gpus, run / "logs")
     who_judges, games = identity({"model": arena_judge}), {}
     for task in tasks:
         theirs, ours = task["theirs"], outputs[answer_key(who, task["prompt"])]
         ask = partial(arena_messages, ARENA_RULES[task["category"]], task["prompt"])
         game = {**task, "ours": ours, "messages": [ask(theirs, ours), ask(ours, theirs)]}
         games[answer_key(who_judges, game["messages"])] = game
-    path = folder / "games" / judge / f"{label}.jsonl"
+    path = folder / "games" / judge / f"{alias}.jsonl"
     todo = games.keys() - {row["id"] for row in annotate.read_done(path)}
     if todo:  # a token has about four characters, and a judge's answer about 800 tokens
         read = sum(len(games[key][text]) for key in todo for text in ("prompt", "theirs", "ours")) // 2
         print(f"{2 * len(todo)} calls of {arena_judge}: about {read:,} tokens in, {1600 * len(todo):,} out")
-    rows = kept(path, games, {}, opening, play, f"games of {judge}", threads)
+    rows = answers_from_cache(path, games, {}, server, play, f"games of {judge}", threads)
     failed = [row["cause"] for row in rows if row["cause"]]
     if failed:
         print(f"{len(failed)} of {len(rows)} questions failed; repeat the command for them. {failed[0]}")
-    write_answers(folder, label, tokenizer, {game["uid"]: game["ours"] for game in games.values()})
-    annotate.write_jsonl(folder / "model_judgment" / judge / f"{label}.jsonl", rows)
-    for kind in kinds:
-        arena_score_command(folder, kind, folder / f"scores-{judge}-{kind}.json", judge)
+    write_answers(folder, alias, tokenizer, {game["uid"]: game["ours"] for game in games.values()})
+    annotate.write_jsonl(folder / "model_judgment" / judge / f"{alias}.jsonl", rows)
+    for category in categories:
+        arena_score_command(folder, category, folder / f"scores-{judge}-{category}.json", judge)
 
 
 if __name__ == "__main__":

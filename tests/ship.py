@@ -28,7 +28,7 @@ OF_A_POLICY = ("policy.json", "config.json", "metrics.jsonl", "reward.png", "rol
 def ship(run: Path, target: Path) -> None:
     """Copy the finished `run` to `target`, whose five folders are replaced."""
     annotate.require(run / "evaluation" / "scored.jsonl", f"04_evaluate.py gold --run {run}")
-    judges, policies = evaluate.trained_judges(run), evaluate.trained_policies(run)
+    judges, policies = evaluate.all_judges(run), evaluate.trained_policies(run)
     files, adapters = [path for pattern in OF_A_RUN for path in sorted(run.glob(pattern))], set()
     for name, policy in policies.items():
         files += [run / "policies" / name / file for file in OF_A_POLICY]

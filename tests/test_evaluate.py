@@ -231,14 +231,14 @@ def folder(tmp_path: Path) -> Path:
             make_adapter(adapter := tmp_path / "policies" / name / "checkpoints/step-000024")
         for (key, text), output in zip(texts.items(), OUTPUTS[name]):
             base, step = f"base:{MODEL}:0.7:32", 0 if name == "base" else 24
-            who = evaluate.output_ids(name, 24, adapter) if step else base
+            who = evaluate.id_prefix(name, 24, adapter) if step else base
             row = {"id": f"{who}:{key}", "policy": name, "step": step, "base": base, "instruction": text}
             outputs.append({**row, "output": output, "tokens": 7, "finished": True})
             for judge in OWNERS.values() if name == "base" else [OWNERS[name]]:
                 owned[judge].append((text, output, 4.0 + step / 8))
     annotate.write_jsonl(tmp_path / "evaluation/outputs.jsonl", outputs)
     annotate.write_json(tmp_path / "evaluation/config.json", {"options": {}})
-    judges, base = evaluate.trained_judges(tmp_path), dict(zip(ASKED, OUTPUTS["base"]))
+    judges, base = evaluate.all_judges(tmp_path), dict(zip(ASKED, OUTPUTS["base"]))
     for judge in set(OWNERS.values()) - {"gold"}:
         who, pairwise = evaluate.identity(judges[judge]), "pairwise" in judge
         scores = {}
@@ -270,7 +270,7 @@ def test_a_policy_is_compared_with_its_own_base(folder: Path, other: dict[str, A
     about |= {"max_tokens": 32, "temperature": 0.7, **other}
     annotate.write_json(folder / "policies/other/policy.json", about)
     make_adapter(folder / "policies/other/checkpoints/step-000001", about["model"])
-    bases = {name: policy["base"] for name, policy in evaluate.trained_policies(folder).items()}
+    bases = {name: policy["step0_id"] for name, policy in evaluate.trained_policies(folder).items()}
     assert bases.pop("other") not in bases.values() and len(set(bases.values())) == 1
 
 
@@ -418,8 +418,8 @@ def test_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_untrained_judges(folder: Path) -> None:
     """R14: each base model once, direct and reasoning, with rubrics if there are some, in each kind."""
     trained = {"direct-sft", "reasoning-rl", "direct-pairwise-sft"}
-    assert evaluate.trained_judges(folder).keys() - trained == {"base", "base-pairwise"}
-    found = evaluate.trained_judges(folder, prompted=True)
+    assert evaluate.all_judges(folder).keys() - trained == {"base", "base-pairwise"}
+    found = evaluate.all_judges(folder, prompted=True)
     assert found.keys() - trained == {"base", "base-pairwise", "base-reasoning", "base-pairwise-reasoning"}
     base = found["base-reasoning"]
     assert (
@@ -431,7 +431,7 @@ def test_untrained_judges(folder: Path) -> None:
     assert found["direct-sft"]["adapter"] == folder / "judges/direct-sft/epoch-1"
     annotate.write_json(folder / "annotations/rubrics.json", {})
     make_judge(folder, "reasoning-small", model="org/small")
-    found = evaluate.trained_judges(folder, prompted=True)
+    found = evaluate.all_judges(folder, prompted=True)
     parts = itertools.product(("", "-pairwise", "-small"), ("", "-reasoning"), ("", "-rubrics"))
     names = {"base" + "".join(part) for part in parts}
     assert found.keys() - trained - {"reasoning-small"} == names
@@ -449,7 +449,7 @@ def test_the_judges_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         records = [{**row, "label": label, "reasoning": "x"} for row, label in zip(some, labels)]
         annotate.write_jsonl(folder / f"annotations/{name}.jsonl", records)
         annotate.write_json(folder / f"annotations/{name}.json", {})
-    for name, judge in evaluate.trained_judges(folder).items():
+    for name, judge in evaluate.all_judges(folder).items():
         some, labels = (pairs, (1, 2, 1, 1)) if "pairwise" in name else (rows, (0, 3, 6, None))
         keys = [evaluate.answer_key(evaluate.identity(judge), sft.row_messages(row, None)) for row in some]
         said = [dict(zip(("id", "label", "expected"), (key, x, x))) for key, x in zip(keys, labels)]

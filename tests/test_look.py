@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
             policy = {**settings, "judge": f"{name}-{'sft' if name == 'direct' else 'rl'}", "max_tokens": 32}
             annotate.write_json(folder / "policy.json", {**policy, "temperature": 0.7})
             write_adapter(folder / "checkpoints/step-000004")
-            who = evaluate.output_ids(name, 4, folder / "checkpoints/step-000004")
+            who = evaluate.id_prefix(name, 4, folder / "checkpoints/step-000004")
             metrics = [{"step": n, "reward": 5.0 + n, "invalid": 0.1 * n} for n in range(4)]
             metrics = [{**row, "length": 9.0, "truncated": 0.0} for row in metrics]
             annotate.write_jsonl(folder / "metrics.jsonl", metrics)
@@ -81,7 +81,7 @@ def run(tmp_path: Path) -> Path:
     annotate.write_jsonl(run / "evaluation/outputs.jsonl", outputs)
     annotate.write_json(run / "evaluation/config.json", {"options": {}})
     annotate.write_json(run / "evaluation/judges.json", {"direct-sft": {"alpha": 61.25, "invalid": 0.0}})
-    judges = evaluate.trained_judges(run)
+    judges = evaluate.all_judges(run)
     for name, scores in own.items():
         judge = next(judge for judge in judges if judge.startswith(name))
         who = evaluate.identity(judges[judge], run)
@@ -99,7 +99,7 @@ def run(tmp_path: Path) -> Path:
 
 def check_shipped(run: Path) -> None:
     """Adapters, metrics, outputs and figures of a shipped run belong together."""
-    judges, policies = evaluate.trained_judges(run), evaluate.trained_policies(run)
+    judges, policies = evaluate.all_judges(run), evaluate.trained_policies(run)
     results = annotate.read_json(run / "evaluation/gold.json", ("curves", "judges"))
     frame = pd.DataFrame(annotate.read_jsonl(run / "evaluation/scored.jsonl"))
     assert policies.keys() == results["curves"].keys() == set(frame.policy) and len(policies) >= 2
