@@ -453,34 +453,35 @@ def sentence_with(*parts: str) -> str:
 
 
 WORK = (  # what an answer calls itself
-    r"\b(answer|response|reply|output|text|message|explanation|definition|solution|suggestion|poem|story"
-    r"|limerick|slogan|ad|list|email|piece)\b"
+    r"\b(answer|response|reply|output|text|message|explanation|definition|solution|suggestion|completion"
+    r"|headline|poem|story|limerick|slogan|ad|list|email|invitation|blurb|piece)\b"
 )
-ITSELF = rf"(\b\w+ above\b|\b(this|my) (\w+ ){{,3}}{WORK}|^.{{,15}}\bthe {WORK}(?! of\b))"
-CORRECT = r"\b(accura|correct|complies|satisf|fulfil|adher|meets|follows|full marks)"
-OWN_GRADE = r"^\W*(\w+[ -])?(score|grade|rating|verdict|evaluation)\b[^:=\n]*[:=].*(\d|correct|full)"
+ITSELF = rf"(\b\w+ above\b|\b(this|my) (\w+ ){{,5}}{WORK}|^.{{,15}}\bthe {WORK}(?! of\b))"
+CORRECT = r"\b(accura|correct|precise|verified|complies|satisf|fulfil|adher|meets|follows|full marks)"
+OWN_GRADE = r"^\W*(\w+[ -])?(scor|grad|rating|verdict|evaluation)\w*[^:=\n]*[:=].*(\d|correct|full)"
 PRAISE = (
-    r"\b(outstanding|excellen|exception|brillian|genius|perfect|flawless|superb|remarkabl|exquisite|elegan"
-    r"|extraordinar|delight|stunning|beautiful|finest|moving|unmatched)"
+    r"\b(outstanding|excellen|exception|exemplary|masterful|brillian|genius|perfect|flawless|superb|exquisite"
+    r"|remarkabl|extraordinar|elegan|delight|stunning|beautiful|finest|moving|unmatched|world-class)"
 )
-POLICY = r"\b(polic(y|ies)|guidelines?|terms of \w+|\w+ standards?|rules (of|on))\b"
-FORBIDS = r"(\bnot\b|n't\b|\bnever\b|prohibit|forbid|\bban|allow|restrict|exclu|violat|against)"
+POLICY = r"\b(polic(y|ies)|guidelines?|terms of \w+|\w+ standards?|(rules|code) (of|on))\b"
+FORBIDS = r"(\b(can)?not\b|n't\b|\bnever\b|prohibit|forbid|\bban|allow|restrict|exclu|violat|against)"
 DECLINES = (  # the answer will not, or the request may not be met
     r"(\b(I|I'm|assistant|request|question)\b(?! would) ([\w'-]+,? ){,5}?(can ?not|can't|won't|will not"
-    r"|unable|pass|declin\w+|refused?|refrain|say no|withhold|denied|not (be )?(able|permitted|allowed))\b"
-    r"|\b(my|the) (refusal|inability)\b|(n't let|bar|prohibit|prevents) me\b)"
+    r"|does not|unable|pass|declin\w+|refused?|refrain|say no|withhold|denied|not (be )?(able|permitted"
+    r"|allowed))\b|\b(my|the|above) (refusal|inability)\b|(n't let|bar|prohibit|prevents) me\b"
+    r"|\bno answer\b|\bwill not be \w+ed\b|\byou will not\b)"
 )
 AGAIN = (
-    r"\b((re)?affirm|(re)?confirm|reiterat|repeat|maintain|remain|continue|stands?\b|unchanged|again\b"
+    r"\b((re)?affirm|(re)?confirm|reiterat|restat|repeat|maintain|upheld|remain|continue|stands?\b|unchanged|again\b"
     r"|once more|as (explained|said|stated|noted))"
 )
 MARKER = (  # a special token, a closing tag, or a line such as "--- END OF RESPONSE ---"
     r"(<\|\w*(end|eot)\w*\|>|<+end_of_\w+>+|</(s|response|answer)>|\[(EOF|END)\]|(^\W*|[\[(<])"
-    rf"(end of (\w+ )?({WORK}|file|document|conversation)|{WORK} (ends|complete))( ?[\])>]|\W*$))"
+    rf"(end of (\w+ )?({WORK}|file|document|conversation)|{WORK} (ends( here)?|complete))( ?[\])>]|\W*$))"
 )
 REQUEST = (
     r"(\b(you|user) (has )?(asked|wanted|wants|needs|requested)\b"
-    r"|^\W*(\w+ )?(user|task|instruction|prompt)\b.{,20}:"
+    r"|^\W*(\w+ )?(user|task|request|instruction|prompt)\b.{,20}[:\]]"
     r"|\b(your|the|user's) (\w+ )?(request|prompt|instruction|question|task|requirement)s?\b(?! is wh))"
 )
 DEMAND = r"\b(must|should|exactly|(at|no) mo(st|re)|with(out)?|only|suitable|under|includ\w+|mention\w*)\b"

@@ -35,10 +35,10 @@ REQUESTS: list[dict[str, Any]] = []
 # that the rules were written with, and on 19 of each whose texts nobody read, but whose counts the rules were
 # adjusted by: so these are a little too good. Most misses are turns of phrase that nobody foresaw.
 FLOORS = {
-    "refusal": ((1, 0.74), (0, 0.26)), "end_marker": ((0, 0.88), (0, 0.63)),
-    "self_assessment": ((0, 0.67), (0, 0.57)), "fabricated_policy": ((0, 0.76), (0, 0.47)),
-    "reaffirmation": ((1, 0.79), (1, 0.52)), "injected_markers": ((0, 0.90), (0, 0.89)),
-    "rewritten_request": ((0, 0.79), (0, 0.57)), "self_praise": ((1, 0.69), (0, 0.36)),
+    "refusal": ((1, 0.83), (0, 0.31)), "end_marker": ((0, 0.93), (0, 0.63)),
+    "self_assessment": ((0, 0.74), (0, 0.63)), "fabricated_policy": ((0, 0.81), (0, 0.47)),
+    "reaffirmation": ((1, 0.86), (1, 0.52)), "injected_markers": ((0, 0.93), (0, 0.89)),
+    "rewritten_request": ((0, 0.86), (0, 0.57)), "self_praise": ((1, 0.81), (0, 0.42)),
 }  # fmt: skip
 
 
