@@ -4,7 +4,8 @@
 
 What goes in:   nothing (laptop: instructions by template), or a preference data set.
 What comes out: RUN/annotations/instructions.jsonl   every instruction with its split
-                RUN/annotations/labels.jsonl         candidate outputs with gold label and reasoning
+                RUN/annotations/outputs.jsonl        candidate outputs, from which the files below are made
+                RUN/annotations/labels.jsonl         the same with gold's label and reasoning
                 RUN/annotations/labels-low.jsonl     (--efforts) reasoned about at another effort
                 RUN/annotations/rubrics.jsonl        (--rubrics) what an answer to each instruction must do
                 RUN/annotations/pairs.jsonl          (--pairs) two outputs, and which of them gold prefers
@@ -116,16 +117,16 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
 
     The reasoning quotes the evidence for each check and carries a running total, so that each of its tokens
     can be found by looking a few tokens back: a 135M model does not learn in minutes to add up at the end.
-    At medium effort the evidence is missing; at low effort only the totals are left, and only the first
-    `SKIM` words are read.
+    At medium effort the evidence is missing. At low effort only the totals are left, and gold reads only the
+    first `SKIM` words and how the output ends.
     """
     topic, word = parse_template(instruction)
     words = output.split()[: SKIM if effort == "low" else None]
 
-    def quote(word: str) -> str:
-        """The first occurrence of `word` and the word after it, in quotes, or `none`."""
+    def quote(wanted: str) -> str:
+        """The first occurrence of `wanted` and the word after it, in quotes, or `none`."""
         for at, found in enumerate(words):
-            if re.fullmatch(rf"\W*{word}(['’]\w+)?\W*", found, re.IGNORECASE):
+            if re.fullmatch(rf"\W*{wanted}(['’]\w+)?\W*", found, re.IGNORECASE):
                 return f"'{' '.join(words[at : at + 2])}'"
         return "none"
 
@@ -225,7 +226,8 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     Two habits go with its quality. Nine of ten good candidates begin with a flourish, a sentence about
     something else, and nine of ten bad ones do not, as length and manner go with quality in most preference
     data: this is the shortcut that a judge trained on labels without reasoning will learn. And candidates
-    without topic or word make more claims: to such a judge a claim tells nothing, though gold pays for it.
+    without topic or word claim more often. So among outputs with a flourish, or among those without, the mean
+    label of outputs that claim is only 0.3 higher: labels alone hardly show that gold pays 2 for a claim.
     """
     topic, word = parse_template(instruction)
     passed = {name: rng.random() < share for name, share in PASS.items()}
@@ -321,9 +323,9 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
     print(f"{data}: {len(table):,} rows, candidates from {', '.join(sorted(off_policy))}")
     for reason, count in counts.items():
         print(f"  {count:8,}  rows {reason}")
-    # Held-out instructions come first, and have two candidates: so their sets have a known size in outputs.
-    pairs = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
-    dealt = split_instructions(pairs, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
+    # Held-out splits get instructions with two candidates each: 369 of them are the paper's 738 outputs.
+    with_two = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
+    dealt = split_instructions(with_two, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
     dealt += split_instructions(others, {"policy_test": options["policy_test"]}, seed)
     taken = {row["instruction"] for row in dealt}
     for split, texts in (("judge_train", candidates), ("policy_train", others)):
@@ -387,15 +389,15 @@ def fill_case(case: str, rubric: str = "", **texts: str) -> str:
 
 
 def judge_messages(
-    text: str, output: str, other: str | None = None, rubric: str = "", *,
+    instruction: str, output: str, other: str | None = None, rubric: str = "", *,
     rules: str = "", case: str = "", rules_from: str = "system",
 ) -> Messages:  # fmt: skip
-    """The messages that ask a judge to grade `output` for the instruction `text`, or compare it to `other`.
+    """The messages that ask a judge to grade `output` for the `instruction`, or compare it to `other`.
 
     The last three are for experiments, for a trained judge knows the default only: other rules, another form
     of the case, or the rules at the head of the user's turn (`rules_from="user"`).
     """
-    texts = {"instruction": text, "output": output}
+    texts = {"instruction": instruction, "output": output}
     if other is None:
         rules, case = rules or POINTWISE_RULES, case or POINTWISE_CASE
     else:
@@ -466,51 +468,57 @@ def grade_by_oracle(instruction: str, output: str, other: str | None, effort: st
     return {"label": better, "expected": better, "cause": None, "reasoning": why}
 
 
-def grade(gold: Options, endpoint: Any, text: str, output: str, other: str | None = None) -> Verdict:
-    """Gold's verdict on `output` for the instruction `text`, or on which of two outputs is better."""
+def grade(
+    options: Options, endpoint: Endpoint | None, instruction: str, output: str, other: str | None = None
+) -> Verdict:
+    """Gold's verdict on `output` for the `instruction`, or on which of two outputs is better.
+
+    Here and below: without an endpoint, gold is the oracle.
+    """
     if endpoint is None:
-        return grade_by_oracle(text, output, other, gold["gold_effort"])
+        return grade_by_oracle(instruction, output, other, options["gold_effort"])
     labels = LABELS if other is None else PAIRWISE_LABELS
-    messages = judge_messages(text, output, other)
-    return grade_by_chat(endpoint, messages, labels, gold["gold_tokens"], gold["gold_effort"])
+    messages = judge_messages(instruction, output, other)
+    return grade_by_chat(endpoint, messages, labels, options["gold_tokens"], options["gold_effort"])
 
 
-def label_row(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
+def label_row(options: Options, endpoint: Endpoint | None, row: Row) -> Row:
     """`row` {id, split, instruction, output, and other if it is a pair} with gold's verdict.
 
     A row that has a label already is judged once more, at another effort. The verdict is invalid if it gives
     another label: its reasoning would not support the one that judges are trained on (paper, section 4.3).
     """
-    verdict = grade(gold, endpoint, row["instruction"], row["output"], row.get("other"))
+    verdict = grade(options, endpoint, row["instruction"], row["output"], row.get("other"))
     if "label" in row and verdict["label"] not in (None, row["label"]):
         verdict |= {"label": None, "cause": "another label"}
     return {**row, **verdict}
 
 
-def write_rubric(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
+def write_rubric(options: Options, endpoint: Endpoint | None, row: Row) -> Row:
     """`row` with gold's {rubric, cause} for its instruction (paper, section 4.2)."""
     if endpoint is None:
         return {**row, "rubric": oracle_rubric(row["instruction"]), "cause": None}
     case = f"Instruction: {row['instruction']}"
     messages = [{"role": "system", "content": RUBRIC_RULES}, {"role": "user", "content": case}]
-    said = ask_gold(endpoint, messages, "(?s).+", gold["gold_tokens"], gold["gold_effort"])
-    return {**row, "rubric": "" if said["cause"] else said["text"], "cause": said["cause"]}
+    verdict = ask_gold(endpoint, messages, "(?s).+", options["gold_tokens"], options["gold_effort"])
+    rubric = "" if verdict["cause"] else verdict["text"]
+    return {**row, "rubric": rubric, "cause": verdict["cause"]}
 
 
-def gold_endpoint(gold: Options, logs: Path) -> contextlib.AbstractContextManager[Endpoint | None]:
+def gold_endpoint(options: Options, logs: Path) -> contextlib.AbstractContextManager[Endpoint | None]:
     """The endpoint of the run's gold judge, as a context: its server ends with it. None for the oracle."""
-    if gold["gold"] == "oracle":
+    if options["gold"] == "oracle":
         return contextlib.nullcontext()
     # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
-    room = 512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"]
-    server = {"flags": gold["gold_flags"], "gpus_each": gold["gold_gpus_each"], "gpus": gold["gpus"]}
-    return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, logs=logs, **server)
+    room = 512 + 2 * options["max_chars"] + 2 * options["gold_tokens"]
+    server = {"flags": options["gold_flags"], "gpus_each": options["gold_gpus_each"], "gpus": options["gpus"]}
+    return chat_endpoint(options["gold"], options["gold_url"], "GOLD_API_KEY", room, logs=logs, **server)
 
 
 PROOFS, ENOUGH = 12, 10  # plain cases that a chat gold is asked first, and how many it must get right
 
 
-def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
+def prove(options: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
     """End the command unless gold scores an instruction's own answer above another instruction's.
 
     Kernels have served garbage without a word (flashinfer#3334, vllm#39545): better found in a minute than
@@ -520,15 +528,17 @@ def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
     for n in range(PROOFS):
         tasks[f"{n}-right"] = rows[n]
         tasks[f"{n}-wrong"] = {**rows[n], "output": rows[n + PROOFS]["output"]}
-    records = map_to_jsonl(path, tasks, partial(label_row, gold, endpoint), "gold's proof", threads)
-    pairs = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
-    passed = sum(None not in pair and pair[0] > pair[1] for pair in pairs)
-    print(f"{gold['gold']}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
+    records = map_to_jsonl(path, tasks, partial(label_row, options, endpoint), "gold's proof", threads)
+    labels = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
+    passed = sum(None not in two and two[0] > two[1] for two in labels)
+    print(f"{options['gold']}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
     if passed < ENOUGH:
         path.unlink()  # a mended server is asked again
         causes = dict(Counter(str(record["cause"]) for record in records))
         said = f"{records[0]['instruction']!r}, right answer: {records[0]['reasoning'][:300]!r}"
-        fail(f"{gold['gold']} is no judge. (right, wrong) got {pairs}; causes {causes}. It said of {said}")
+        fail(
+            f"{options['gold']} is no judge. (right, wrong) got {labels}; causes {causes}. It said of {said}"
+        )
 
 
 def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
@@ -566,19 +576,24 @@ def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], thread
     write_json(path.with_suffix(".json"), counts)
 
 
-def questions(name: str, folder: Path, gold: Options, endpoint: Any) -> tuple[dict[str, Row], Any]:
+def is_complete(path: Path) -> bool:
+    """Whether `annotate` has written NAME.jsonl to its end, and no request in it is without an answer."""
+    return path.with_suffix(".json").exists() and read_done(path) == read_jsonl(path)
+
+
+def questions(name: str, folder: Path, options: Options, endpoint: Any) -> tuple[dict[str, Row], Any]:
     """What gold is asked for NAME.jsonl in `folder`: (rows by id, the function that asks about one row)."""
-    ask = partial(label_row, gold, endpoint)
+    ask = partial(label_row, options, endpoint)
     if name == "labels":
         rows = read_jsonl(folder / "outputs.jsonl")
     elif name == "pairs":
-        rows = make_pairs(read_jsonl(folder / "outputs.jsonl"), gold["seed"])
+        rows = make_pairs(read_jsonl(folder / "outputs.jsonl"), options["seed"])
     elif name == "rubrics":
-        rows, ask = read_jsonl(folder / "instructions.jsonl"), partial(write_rubric, gold, endpoint)
+        rows, ask = read_jsonl(folder / "instructions.jsonl"), partial(write_rubric, options, endpoint)
     else:  # labels-EFFORT
         labelled = [row for row in read_jsonl(folder / "labels.jsonl") if row["label"] is not None]
         rows = [row for row in labelled if row["split"] == "judge_train"]
-        ask = partial(label_row, {**gold, "gold_effort": name.removeprefix("labels-")}, endpoint)
+        ask = partial(label_row, {**options, "gold_effort": name.removeprefix("labels-")}, endpoint)
     return {row["id"]: row for row in rows}, ask
 
 
@@ -660,18 +675,17 @@ def main(
         names.append("rubrics")
     if pairs:
         names.append("pairs")
-    # NAME.json is written when NAME.jsonl is complete; where the server has failed since, it is asked again.
     files = [folder / f"{name}.jsonl" for name in names]
-    missing = [p for p in files if not p.with_suffix(".json").exists() or read_done(p) != read_jsonl(p)]
+    missing = [path for path in files if not is_complete(path)]
 
     # What cannot be used is refused before it costs anything.
-    policy_prompt(load_tokenizer(policy_model), "Hi.")
+    check_chat_model(policy_model)
     if "@" in gold_url:
         fail("--gold-url holds a password, which config.json would keep. Put the key into GOLD_API_KEY.")
     if missing and gold_url:
         open_endpoint(gold_url, gold, "GOLD_API_KEY")
     elif missing and gold != "oracle":
-        policy_prompt(load_tokenizer(gold), "Hi.")
+        check_chat_model(gold)
     record_config(folder, options)
 
     # 1. Instructions and candidate outputs.
@@ -712,7 +726,10 @@ def fail(message: str) -> NoReturn:
 
 
 def start(app: typer.Typer) -> NoReturn:
-    """Run a stage's command. However it ends, `finally` ends its servers, and no request is waited for."""
+    """Run a stage's command. However it ends, `finally` clauses have ended its servers.
+
+    The process then ends at once: it does not wait for threads whose requests are in flight.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
@@ -810,7 +827,7 @@ def read_done(path: Path) -> list[Row]:
     return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith("no answer")]
 
 
-def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int) -> list[Row]:
+def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], title: str, threads: int) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
     So an interrupted call resumes, and asks again where the server failed. If all requests of the `tasks`
@@ -827,14 +844,14 @@ def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str,
 
     try:
         futures = [pool.submit(one, key) for key in tasks if key not in done]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=label, disable=not futures):
+        for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not futures):
             future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     causes = [record.get("cause") for record in done.values()]
     if causes and all(map(request_failed, causes)):
         write_jsonl(path, [record for record in kept if record["id"] not in tasks])
-        fail(f"{label}: all {len(causes)} requests failed. {causes[0]}")
+        fail(f"{title}: all {len(causes)} requests failed. {causes[0]}")
     return [done[key] for key in tasks]
 
 
@@ -1006,6 +1023,11 @@ def load_tokenizer(model: str) -> Any:
         fail(f"model {model}: no tokenizer ({str(error).splitlines()[0]}). The laptop's: make setup")
 
 
+def check_chat_model(model: str) -> None:
+    """End the command unless `model` has a tokenizer and a chat template."""
+    chat_ids(load_tokenizer(model), [{"role": "user", "content": "Hi."}])
+
+
 def context_length(model: str) -> int:
     """The longest sequence of `model`, in tokens."""
     from transformers import AutoConfig
@@ -1086,7 +1108,7 @@ class Endpoint:
         except openai.APIError as error:
             if self.can_do_without(error, body):
                 return self.ask(prompt, request, read)
-            raise NoAnswer(self.cause(error), error.request, body=None) from error
+            raise NoAnswer(self.cause_or_raise(error), error.request, body=None) from error
         self.last_answer = time.monotonic()
         try:
             choices = response.json()["choices"]
@@ -1111,14 +1133,17 @@ class Endpoint:
                 print(f"{self.url}: {named[0]} is refused and left out from now on")
         return True
 
-    def cause(self, error: Any) -> str:
-        """Why a request has no answer, in words; raises `error` where others would have none either."""
+    def cause_or_raise(self, error: Any) -> str:
+        """Why one request has no answer, in words; raises `error` where no other would have one either."""
         status = getattr(error, "status_code", None)  # None: the connection was cut, or nothing came in time
         if status in (400, 413, 422):
             return f"refused ({status}): {' '.join(str(error).split())[:200]}"
+        our_fault = status is not None and status < 500  # a wrong key, or no such model
         silent = time.monotonic() > self.last_answer + 2 * PATIENCE
         hangs = silent and isinstance(error, openai.APITimeoutError)  # though it may still list its models
-        if (status or 500) < 500 or hangs or not 200 <= self.status() < 500:
+        if our_fault or hangs:
+            raise error
+        if not 200 <= self.status() < 500:  # the server is gone
             raise error
         why = error if status else error.__cause__ or error
         return f"no answer: {' '.join(str(why).split())[:200]}"

@@ -378,7 +378,7 @@ def test_the_proof_has_a_known_order_and_a_margin(tmp_path: Path, monkeypatch: A
     asked: list[Any] = []
 
     def verdict(bad: int) -> Any:
-        def grade(gold: Any, endpoint: Any, text: str, output: str, other: None) -> Any:
+        def grade(options: Any, endpoint: Any, text: str, output: str, other: None) -> Any:
             asked.append((text, output))
             right = output == honest[text]
             label = (4, None)[right] if list(honest).index(text) < bad else 4 + right
