@@ -181,7 +181,7 @@ JUDGE_SPLITS = SPLITS[:3]
 
 
 def split_instructions(texts: Iterable[str], sizes: dict[str, int], seed: int) -> list[Row]:
-    """Deal the distinct `texts` to splits of these `sizes`, in seeded order: {id, split, instruction}."""
+    """Rows {id, split, instruction}: the distinct `texts`, dealt to splits of these `sizes` by the seed."""
     pool = sorted(set(texts))
     if len(pool) < sum(sizes.values()):
         fail(f"{len(pool)} distinct instructions; the splits {sizes} need {sum(sizes.values())}. Lower them.")
@@ -205,7 +205,7 @@ PASS = {"topic": 0.6, "word": 0.6, "end": 0.6}  # how often a candidate passes a
 CLAIMING = (0.65, 0.45, 0.3)  # how often it makes a claim if it has none, one or both of topic and word
 
 
-def write(parts: Sequence[str], topic: str, word: str, rng: random.Random) -> str:
+def draw(parts: Sequence[str], topic: str, word: str, rng: random.Random) -> str:
     """One of `parts`, drawn at random, with topic and word filled in."""
     text = rng.choice(parts).format(topic=topic, word=word, thing=f"{word} {topic}", other=rng.choice(TOPICS))
     return text[0].upper() + text[1:]
@@ -216,7 +216,7 @@ def written_answer(topic: str, word: str, rng: random.Random) -> str:
 
     Written for another topic and word, it is a flourish about something else.
     """
-    opening, text = write(OPENINGS, topic, word, rng), write(PLAIN, topic, word, rng)
+    opening, text = draw(OPENINGS, topic, word, rng), draw(PLAIN, topic, word, rng)
     return f"{opening}, {re.sub('^(The|An?) ', lambda article: article[0].lower(), text)}"
 
 
@@ -242,7 +242,7 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
         parts = PLAIN
     else:
         parts = SHORT
-    text = write(parts, topic, word, rng)
+    text = draw(parts, topic, word, rng)
     if flourish:
         text = f"{written_answer(rng.choice(TOPICS), rng.choice(WORDS), rng)} {text}"
     if not passed["end"]:  # cut off before its full stop, and a long one up to three words earlier
@@ -256,9 +256,9 @@ def template_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]
     """(instructions with their splits, instruction -> candidates) of the laptop's miniature."""
     texts = [TEMPLATE.format(topic=topic, word=word) for topic in TOPICS for word in WORDS]
     rows = split_instructions(texts, {split: options[split] for split in SPLITS}, options["seed"])
-    asked = [row["instruction"] for row in rows if row["split"] in JUDGE_SPLITS]
+    for_judges = [row["instruction"] for row in rows if row["split"] in JUDGE_SPLITS]
     rng = random.Random(options["seed"])
-    return rows, {text: [make_candidate(text, rng) for _ in range(options["outputs"])] for text in asked}
+    return rows, {text: [make_candidate(text, rng) for _ in range(options["outputs"])] for text in for_judges}
 
 
 COLUMNS = ("prompt", "chosen", "rejected", "source")  # of the Tulu 3 preference mixture
@@ -296,7 +296,7 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
         fail(f"--data {data}: no file or data set with the columns {', '.join(COLUMNS)} ({error})")
     off_policy = {source for source in sources if re.search("off.policy|persona", source)} or sources
     candidates: dict[str, list[str]] = {}
-    others: list[str] = []
+    for_policies: list[str] = []
     counts: Counter[str] = Counter()
     seen: set[str] = set()
     for number in tqdm(random.Random(seed).sample(range(len(table)), len(table)), desc="reading preferences"):
@@ -317,7 +317,7 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
             seen.add(key)
         else:
             reason = "used for policies"
-            others.append(prompt)
+            for_policies.append(prompt)
             seen.add(key)
         counts[reason] += 1
     print(f"{data}: {len(table):,} rows, candidates from {', '.join(sorted(off_policy))}")
@@ -326,9 +326,9 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
     # Held-out splits get instructions with two candidates each: 369 of them are the paper's 738 outputs.
     with_two = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
     dealt = split_instructions(with_two, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
-    dealt += split_instructions(others, {"policy_test": options["policy_test"]}, seed)
+    dealt += split_instructions(for_policies, {"policy_test": options["policy_test"]}, seed)
     taken = {row["instruction"] for row in dealt}
-    for split, texts in (("judge_train", candidates), ("policy_train", others)):
+    for split, texts in (("judge_train", candidates), ("policy_train", for_policies)):
         left = [text for text in texts if text not in taken]
         print(f"{split}: {len(left):,} instructions left, {options[split]:,} asked for")
         dealt += split_instructions(left, {split: min(len(left), options[split])}, seed)
@@ -394,8 +394,8 @@ def judge_messages(
 ) -> Messages:  # fmt: skip
     """The messages that ask a judge to grade `output` for the `instruction`, or compare it to `other`.
 
-    The last three are for experiments, for a trained judge knows the default only: other rules, another form
-    of the case, or the rules at the head of the user's turn (`rules_from="user"`).
+    `rules`, `case` and `rules_from` are for experiments, for a trained judge knows the default only: other
+    rules, another form of the case, or the rules at the head of the user's turn (`rules_from="user"`).
     """
     texts = {"instruction": instruction, "output": output}
     if other is None:
@@ -424,11 +424,11 @@ class Verdict(TypedDict, total=False):
     probabilities: list[float] | None  # of each label, by a trained judge
 
 
-def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Verdict:
+def ask_gold(endpoint: Endpoint, messages: Messages, pattern: str, max_tokens: int, effort: str) -> Verdict:
     """{text, reasoning, cause} of a chat model's answer at temperature 0.
 
     An answer that is cut off at `max_tokens` is asked for again with twice as many. The cause is None if the
-    final text matches the regular expression `wanted` as a whole. The server's reasoning parser keeps the
+    final text as a whole matches the regular expression `pattern`. The server's reasoning parser keeps the
     reasoning apart (gpt-oss: the analysis channel); without a parser it may come first, in `<think>`.
     """
     for tokens in (max_tokens, 2 * max_tokens):
@@ -443,7 +443,7 @@ def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: in
     text, cause = text.strip(), None
     if not finished:
         cause = "cut off"
-    elif not re.fullmatch(wanted, text):
+    elif not re.fullmatch(pattern, text):
         cause = "not a label" if text else "no final answer"
     return {"text": text, "reasoning": reasoning.strip(), "cause": cause}
 
@@ -469,13 +469,10 @@ def grade_by_oracle(instruction: str, output: str, other: str | None, effort: st
 
 
 def grade(
-    options: Options, endpoint: Endpoint | None, instruction: str, output: str, other: str | None = None
+    options: Options, endpoint: Any, instruction: str, output: str, other: str | None = None
 ) -> Verdict:
-    """Gold's verdict on `output` for the `instruction`, or on which of two outputs is better.
-
-    Here and below: without an endpoint, gold is the oracle.
-    """
-    if endpoint is None:
+    """Gold's verdict on `output` for the `instruction`, or on which of two outputs is better."""
+    if endpoint is None:  # here and below: gold is the oracle
         return grade_by_oracle(instruction, output, other, options["gold_effort"])
     labels = LABELS if other is None else PAIRWISE_LABELS
     messages = judge_messages(instruction, output, other)
@@ -501,8 +498,7 @@ def write_rubric(options: Options, endpoint: Endpoint | None, row: Row) -> Row:
     case = f"Instruction: {row['instruction']}"
     messages = [{"role": "system", "content": RUBRIC_RULES}, {"role": "user", "content": case}]
     verdict = ask_gold(endpoint, messages, "(?s).+", options["gold_tokens"], options["gold_effort"])
-    rubric = "" if verdict["cause"] else verdict["text"]
-    return {**row, "rubric": rubric, "cause": verdict["cause"]}
+    return {**row, "rubric": "" if verdict["cause"] else verdict["text"], "cause": verdict["cause"]}
 
 
 def gold_endpoint(options: Options, logs: Path) -> contextlib.AbstractContextManager[Endpoint | None]:
@@ -531,14 +527,13 @@ def prove(options: Options, endpoint: Endpoint, path: Path, threads: int) -> Non
     records = map_to_jsonl(path, tasks, partial(label_row, options, endpoint), "gold's proof", threads)
     labels = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
     passed = sum(None not in two and two[0] > two[1] for two in labels)
-    print(f"{options['gold']}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
+    name = options["gold"]
+    print(f"{name}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
     if passed < ENOUGH:
         path.unlink()  # a mended server is asked again
         causes = dict(Counter(str(record["cause"]) for record in records))
         said = f"{records[0]['instruction']!r}, right answer: {records[0]['reasoning'][:300]!r}"
-        fail(
-            f"{options['gold']} is no judge. (right, wrong) got {labels}; causes {causes}. It said of {said}"
-        )
+        fail(f"{name} is no judge. (right, wrong) got {labels}; causes {causes}. It said of {said}")
 
 
 def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
@@ -662,47 +657,50 @@ def main(
     options = dict(locals())  # the options by their names: nothing else has a value yet
     for name in ("run", "efforts", "rubrics", "pairs"):  # the last three may be given later, too
         del options[name]
-    also = [effort for effort in efforts.split(",") if effort]
-    if not set(also) <= {"low", "medium", "high"}:
+    more_efforts = [effort for effort in efforts.split(",") if effort]
+    if not set(more_efforts) <= {"low", "medium", "high"}:
         fail(f"--efforts {efforts}: must be a list of low, medium and high.")
     if "gpt-oss" in gold and gold_effort == "none":
         fail("--gold-effort none: gpt-oss always reasons; choose low, medium or high.")
     if (gold == "oracle") != (data == "template"):
         fail(f"--gold {gold} with --data {data}: the oracle grades the template, and only it does.")
     folder = run / "annotations"
-    names = ["labels", *(f"labels-{effort}" for effort in also)]
+    names = ["labels", *(f"labels-{effort}" for effort in more_efforts)]
     if rubrics:
         names.append("rubrics")
     if pairs:
         names.append("pairs")
     files = [folder / f"{name}.jsonl" for name in names]
-    missing = [path for path in files if not is_complete(path)]
+    to_ask = [path for path in files if not is_complete(path)]
 
     # What cannot be used is refused before it costs anything.
     check_chat_model(policy_model)
     if "@" in gold_url:
         fail("--gold-url holds a password, which config.json would keep. Put the key into GOLD_API_KEY.")
-    if missing and gold_url:
+    if to_ask and gold_url:
         open_endpoint(gold_url, gold, "GOLD_API_KEY")
-    elif missing and gold != "oracle":
+    elif to_ask and gold != "oracle":
         check_chat_model(gold)
     record_config(folder, options)
 
     # 1. Instructions and candidate outputs.
     if not (folder / "outputs.jsonl").exists():
         make = template_outputs if data == "template" else preference_outputs
-        rows, texts = make(options)
+        rows, candidates = make(options)
         write_jsonl(folder / "instructions.jsonl", rows)
-        judged = [(row, n, text) for row in rows for n, text in enumerate(texts.get(row["instruction"], ()))]
-        records = ({**row, "id": f"{row['id']}-{n}", "output": text} for row, n, text in judged)
+        records = []
+        for row in rows:
+            for n, text in enumerate(candidates.get(row["instruction"], ())):
+                records.append({**row, "id": f"{row['id']}-{n}", "output": text})
         write_jsonl(folder / "outputs.jsonl", records)
 
     # 2. Gold's label of each, then what else was asked for.
-    with gold_endpoint(options, run / "logs") if missing else contextlib.nullcontext() as endpoint:
-        if endpoint:
-            prove(options, endpoint, folder / "proof.jsonl", threads)
-        for path in missing:
-            annotate(path, *questions(path.stem, folder, options, endpoint), threads)
+    if to_ask:
+        with gold_endpoint(options, run / "logs") as endpoint:
+            if endpoint:
+                prove(options, endpoint, folder / "proof.jsonl", threads)
+            for path in to_ask:
+                annotate(path, *questions(path.stem, folder, options, endpoint), threads)
 
     # 3. Does every score occur?
     for path in files:
@@ -726,10 +724,7 @@ def fail(message: str) -> NoReturn:
 
 
 def start(app: typer.Typer) -> NoReturn:
-    """Run a stage's command. However it ends, `finally` clauses have ended its servers.
-
-    The process then ends at once: it does not wait for threads whose requests are in flight.
-    """
+    """Run a stage's command. However it ends, the `finally` of `serve` ends its servers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
@@ -747,7 +742,7 @@ def start(app: typer.Typer) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    os._exit(status)
+    os._exit(status)  # at once: threads with requests in flight are not waited for
 
 
 def read_jsonl(path: Path, needs: Iterable[str] = (), texts: Iterable[str] = ()) -> list[Row]:
@@ -784,8 +779,10 @@ APPENDING = threading.Lock()
 def append_jsonl(path: Path, record: Row) -> None:
     """Append one line, in one write. Half a line, which a full disk left there, is cut off before."""
     with APPENDING, path.open("ab+") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
         file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 
@@ -838,12 +835,12 @@ def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], title: str,
     done = {record["id"]: record for record in kept if record["id"] in tasks}
     pool = ThreadPoolExecutor(threads)
 
-    def one(key: str) -> None:
+    def answer(key: str) -> None:
         done[key] = {**work(tasks[key]), "id": key}
         append_jsonl(path, done[key])  # at once: an answer that has come is never asked for again
 
     try:
-        futures = [pool.submit(one, key) for key in tasks if key not in done]
+        futures = [pool.submit(answer, key) for key in tasks if key not in done]
         for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not futures):
             future.result()
     finally:
@@ -946,19 +943,19 @@ def pick_gpus(gpus: str) -> list[str]:
     """The entries of CUDA_VISIBLE_DEVICES (numbers, UUIDs, MIG names) that `gpus` counts; it may be unset."""
     import torch
 
-    here, mask = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.version.cuda and not here:
+    visible, mask = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda and not visible:
         stack = "For the CPU stack: make clean setup REQUIREMENTS=requirements-cpu.txt"
         fail(f"torch sees no GPU. Is the driver new enough for CUDA {torch.version.cuda}? {stack}")
-    if not re.fullmatch(r"\d+(,\d+)*", gpus) or (here and max(map(int, gpus.split(","))) >= here):
-        fail(f"GPUs {gpus}: must be a list like 0,1, below the {here} that are visible.")
+    if not re.fullmatch(r"\d+(,\d+)*", gpus) or (visible and max(map(int, gpus.split(","))) >= visible):
+        fail(f"GPUs {gpus}: must be a list like 0,1, below the {visible} that are visible.")
     return [mask.split(",")[int(gpu)].strip() if mask else gpu for gpu in gpus.split(",")]
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
 # What is put into a prompt goes through `chat_ids`, or `Endpoint.chat` for other people's servers.
 
-# Of ChatML, Llama, gpt-oss, Phi, Gemma, DeepSeek, Mistral, GLM and EXAONE. `<s>` is left: HTML has it too.
+# Of ChatML, Llama, gpt-oss, Phi, Gemma, DeepSeek, Mistral, GLM and EXAONE; not `<s>`, which HTML has too.
 FOREIGN_TOKENS = (
     r"<\|[\w:-]+\|?>|<\w+\|>|<｜[^｜<>]{1,40}｜>|\[\|\w+\|\]|</?think>|<(?:start|end)_of_\w+>"
     r"|<(?:bos|eos|pad|unk|sop|eop)>|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK)\]"
@@ -967,7 +964,7 @@ FOREIGN_TOKENS = (
 
 @functools.cache
 def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """The tokenizer's special tokens; without one, whole tokens of the common families."""
+    """A pattern of the tokenizer's special tokens; without a tokenizer, of those of the common families."""
     if tokenizer is None:
         return re.compile(FOREIGN_TOKENS)
     names = {"<think>", "</think>", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
@@ -1077,9 +1074,9 @@ class Endpoint:
     def __init__(self, url: str, key: str, model: str, retries: int = 14) -> None:
         self.url, self.key, self.model = url, key, model
         self.clients, timeout = [], openai.Timeout(PATIENCE, connect=30)
-        for one in url.split(","):
-            http = HttpClient(timeout=timeout, trust_env=not one.startswith("http://127.0.0.1:"))
-            client = openai.OpenAI(base_url=one, api_key=key, http_client=http, max_retries=retries)
+        for address in url.split(","):
+            http = HttpClient(timeout=timeout, trust_env=not address.startswith("http://127.0.0.1:"))
+            client = openai.OpenAI(base_url=address, api_key=key, http_client=http, max_retries=retries)
             self.clients.append(client)
         self.refused: set[str] = set()  # parameters that the server does not take
         self.lock, self.last_answer = threading.Lock(), float("-inf")
@@ -1106,7 +1103,7 @@ class Endpoint:
         try:
             response = client.post(path, cast_to=httpx2.Response, body=body)
         except openai.APIError as error:
-            if self.can_do_without(error, body):
+            if self.leave_out_parameter(error, body):
                 return self.ask(prompt, request, read)
             raise NoAnswer(self.cause_or_raise(error), error.request, body=None) from error
         self.last_answer = time.monotonic()
@@ -1119,13 +1116,13 @@ class Endpoint:
             cause = f"no answer: instead the server sent {response.text[:200]!r}"
             raise NoAnswer(cause, response.request, body=None) from error
 
-    def can_do_without(self, error: Any, body: Row) -> bool:
+    def leave_out_parameter(self, error: Any, body: Row) -> bool:
         """Whether `error` says that one parameter of `body` is not supported; the server gets it no more."""
-        said = str(error)
-        named = [name for name in MAY_BE_REFUSED if name in body and re.search(rf"\b{name}\b", said)]
+        message = str(error)
+        named = [name for name in MAY_BE_REFUSED if name in body and re.search(rf"\b{name}\b", message)]
         if getattr(error, "status_code", 0) not in (400, 422) or len(named) != 1:
             return False
-        if not NOT_TAKEN.search(said):
+        if not NOT_TAKEN.search(message):
             return False  # only a value is refused, or the name stands in a text that is quoted
         with self.lock:
             if named[0] not in self.refused:  # by another thread
@@ -1194,8 +1191,8 @@ class Endpoint:
         """The HTTP status of the server's list of models, which not every server has; 0: no such server."""
         try:
             for client in self.clients:
-                asked = client.with_options(max_retries=0, timeout=60)
-                asked.get("/models", cast_to=httpx2.Response).json()["data"][0]
+                once = client.with_options(max_retries=0, timeout=60)
+                once.get("/models", cast_to=httpx2.Response).json()["data"][0]
         except openai.APIStatusError as error:
             return error.status_code
         except (openai.APIConnectionError, ValueError, LookupError, TypeError):
@@ -1268,7 +1265,7 @@ def mend_vllm() -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     def expand(self: Any, y_TO: Any, x_TI: Any, weights: Any, start: int, size: int, **more: Any) -> None:
-        """y[:, start : start + size] += scale * x W', W: each token's of `weights` [adapters, 1, O, I]."""
+        """y[t, start : start + size] += scale * W x[t]; W: `weights` [adapter of token t, 0], of O × I."""
         adapter_T, columns_TO = self.token_lora_indices, y_TO.narrow(1, start, size)
         adapters = set(adapter_T.tolist())  # -1: none
         for adapter in adapters - {-1}:
