@@ -73,7 +73,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from typer import Option
 
-Row = dict[str, Any]  # one record of a JSONL file
+Row = dict[str, Any]  # a JSON object, mostly one record of a JSONL file
 Options = dict[str, Any]  # a command's settled options, as its config.json keeps them
 Messages = list[dict[str, str]]  # the turns of a chat: {role, content}
 
@@ -537,7 +537,7 @@ def prove(options: Options, endpoint: Endpoint, path: Path, threads: int) -> Non
 
 
 def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
-    """Neighbouring outputs of one instruction as {…, output, other, swapped}, in random order."""
+    """Neighbouring outputs of one instruction as {…, output, other, swapped}, either one first at random."""
     pairs = []
     for first, second in itertools.pairwise(outputs):
         if first["instruction"] == second["instruction"]:
@@ -550,21 +550,22 @@ def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
 
 
 def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], threads: int) -> None:
-    """Let gold `ask` about all `rows` into `path`, then count labels and causes in a .json file beside it.
+    """Write to `path` what gold says (`ask`) of all `rows`; then, to a .json beside it, counts of the labels.
 
-    The command ends if most of the first 200 verdicts are invalid: a wrong reasoning parser would cost days.
+    The command ends if most of the first 200 answers are no clear verdict (a tie is one, and so is another
+    label): a wrong reasoning parser would cost days.
     """
     path.with_suffix(".json").unlink(missing_ok=True)  # not complete until it is written again
     first, rest = dict(list(rows.items())[:200]), dict(list(rows.items())[200:])
     records = map_to_jsonl(path, first, ask, f"{path.stem} (first)", threads)
     for record in records[:10]:
         print("   ", *(str(record.get(key, ""))[:70] for key in ("label", "output", "reasoning", "rubric")))
-    valid = [record for record in records if record["cause"] in (None, "tie", "another label")]
-    if 2 * len(valid) < len(records):
-        write_jsonl(path, valid)
-        bad = next(record for record in records if record not in valid)
+    clear = [record for record in records if record["cause"] in (None, "tie", "another label")]
+    if 2 * len(clear) < len(records):
+        write_jsonl(path, clear)
+        bad = next(record for record in records if record not in clear)
         why = f"The first: {bad['cause']}, {bad.get('text', '')[:200]!r}"
-        fail(f"{path}: {len(records) - len(valid)} of the first {len(records)} verdicts are invalid. {why}")
+        fail(f"{path}: {len(records) - len(clear)} of the first {len(records)} verdicts are invalid. {why}")
     records += map_to_jsonl(path, rest, ask, path.stem, threads)
     write_jsonl(path, records)  # in the order of the rows: what is trained on it depends on the seed alone
     counts = {key: Counter(str(record.get(key)) for record in records) for key in ("label", "cause")}
