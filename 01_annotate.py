@@ -4,7 +4,8 @@
 
 What goes in:   nothing (laptop: instructions by template), or a preference data set.
 What comes out: RUN/annotations/instructions.jsonl   every instruction with its split
-                RUN/annotations/labels.jsonl         candidate outputs with gold label and reasoning
+                RUN/annotations/outputs.jsonl        candidate outputs, from which the files below are made
+                RUN/annotations/labels.jsonl         the same with gold's label and reasoning
                 RUN/annotations/labels-low.jsonl     (--efforts) reasoned about at another effort
                 RUN/annotations/rubrics.jsonl        (--rubrics) what an answer to each instruction must do
                 RUN/annotations/pairs.jsonl          (--pairs) two outputs, and which of them gold prefers
@@ -72,7 +73,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from typer import Option
 
-Row = dict[str, Any]  # one record of a JSONL file
+Row = dict[str, Any]  # a JSON object, mostly one record of a JSONL file
 Options = dict[str, Any]  # a command's settled options, as its config.json keeps them
 Messages = list[dict[str, str]]  # the turns of a chat: {role, content}
 
@@ -116,16 +117,16 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
 
     The reasoning quotes the evidence for each check and carries a running total, so that each of its tokens
     can be found by looking a few tokens back: a 135M model does not learn in minutes to add up at the end.
-    At medium effort the evidence is missing; at low effort only the totals are left, and only the first
-    `SKIM` words are read.
+    At medium effort the evidence is missing. At low effort only the totals are left, and gold reads only the
+    first `SKIM` words and how the output ends.
     """
     topic, word = parse_template(instruction)
     words = output.split()[: SKIM if effort == "low" else None]
 
-    def quote(word: str) -> str:
-        """The first occurrence of `word` and the word after it, in quotes, or `none`."""
+    def quote(wanted: str) -> str:
+        """The first occurrence of `wanted` and the word after it, in quotes, or `none`."""
         for at, found in enumerate(words):
-            if re.fullmatch(rf"\W*{word}(['’]\w+)?\W*", found, re.IGNORECASE):
+            if re.fullmatch(rf"\W*{wanted}(['’]\w+)?\W*", found, re.IGNORECASE):
                 return f"'{' '.join(words[at : at + 2])}'"
         return "none"
 
@@ -180,7 +181,7 @@ JUDGE_SPLITS = SPLITS[:3]
 
 
 def split_instructions(texts: Iterable[str], sizes: dict[str, int], seed: int) -> list[Row]:
-    """Deal the distinct `texts` to splits of these `sizes`, in seeded order: {id, split, instruction}."""
+    """Rows {id, split, instruction}: the distinct `texts`, dealt to splits of these `sizes` by the seed."""
     pool = sorted(set(texts))
     if len(pool) < sum(sizes.values()):
         fail(f"{len(pool)} distinct instructions; the splits {sizes} need {sum(sizes.values())}. Lower them.")
@@ -204,7 +205,7 @@ PASS = {"topic": 0.6, "word": 0.6, "end": 0.6}  # how often a candidate passes a
 CLAIMING = (0.65, 0.45, 0.3)  # how often it makes a claim if it has none, one or both of topic and word
 
 
-def write(parts: Sequence[str], topic: str, word: str, rng: random.Random) -> str:
+def draw(parts: Sequence[str], topic: str, word: str, rng: random.Random) -> str:
     """One of `parts`, drawn at random, with topic and word filled in."""
     text = rng.choice(parts).format(topic=topic, word=word, thing=f"{word} {topic}", other=rng.choice(TOPICS))
     return text[0].upper() + text[1:]
@@ -215,7 +216,7 @@ def written_answer(topic: str, word: str, rng: random.Random) -> str:
 
     Written for another topic and word, it is a flourish about something else.
     """
-    opening, text = write(OPENINGS, topic, word, rng), write(PLAIN, topic, word, rng)
+    opening, text = draw(OPENINGS, topic, word, rng), draw(PLAIN, topic, word, rng)
     return f"{opening}, {re.sub('^(The|An?) ', lambda article: article[0].lower(), text)}"
 
 
@@ -225,7 +226,8 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     Two habits go with its quality. Nine of ten good candidates begin with a flourish, a sentence about
     something else, and nine of ten bad ones do not, as length and manner go with quality in most preference
     data: this is the shortcut that a judge trained on labels without reasoning will learn. And candidates
-    without topic or word make more claims: to such a judge a claim tells nothing, though gold pays for it.
+    without topic or word claim more often. So among outputs with a flourish, or among those without, the mean
+    label of outputs that claim is only 0.3 higher: labels alone hardly show that gold pays 2 for a claim.
     """
     topic, word = parse_template(instruction)
     passed = {name: rng.random() < share for name, share in PASS.items()}
@@ -240,7 +242,7 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
         parts = PLAIN
     else:
         parts = SHORT
-    text = write(parts, topic, word, rng)
+    text = draw(parts, topic, word, rng)
     if flourish:
         text = f"{written_answer(rng.choice(TOPICS), rng.choice(WORDS), rng)} {text}"
     if not passed["end"]:  # cut off before its full stop, and a long one up to three words earlier
@@ -254,9 +256,9 @@ def template_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]
     """(instructions with their splits, instruction -> candidates) of the laptop's miniature."""
     texts = [TEMPLATE.format(topic=topic, word=word) for topic in TOPICS for word in WORDS]
     rows = split_instructions(texts, {split: options[split] for split in SPLITS}, options["seed"])
-    asked = [row["instruction"] for row in rows if row["split"] in JUDGE_SPLITS]
+    for_judges = [row["instruction"] for row in rows if row["split"] in JUDGE_SPLITS]
     rng = random.Random(options["seed"])
-    return rows, {text: [make_candidate(text, rng) for _ in range(options["outputs"])] for text in asked}
+    return rows, {text: [make_candidate(text, rng) for _ in range(options["outputs"])] for text in for_judges}
 
 
 COLUMNS = ("prompt", "chosen", "rejected", "source")  # of the Tulu 3 preference mixture
@@ -294,7 +296,7 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
         fail(f"--data {data}: no file or data set with the columns {', '.join(COLUMNS)} ({error})")
     off_policy = {source for source in sources if re.search("off.policy|persona", source)} or sources
     candidates: dict[str, list[str]] = {}
-    others: list[str] = []
+    for_policies: list[str] = []
     counts: Counter[str] = Counter()
     seen: set[str] = set()
     for number in tqdm(random.Random(seed).sample(range(len(table)), len(table)), desc="reading preferences"):
@@ -315,18 +317,18 @@ def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]
             seen.add(key)
         else:
             reason = "used for policies"
-            others.append(prompt)
+            for_policies.append(prompt)
             seen.add(key)
         counts[reason] += 1
     print(f"{data}: {len(table):,} rows, candidates from {', '.join(sorted(off_policy))}")
     for reason, count in counts.items():
         print(f"  {count:8,}  rows {reason}")
-    # Held-out instructions come first, and have two candidates: so their sets have a known size in outputs.
-    pairs = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
-    dealt = split_instructions(pairs, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
-    dealt += split_instructions(others, {"policy_test": options["policy_test"]}, seed)
+    # Held-out splits get instructions with two candidates each: 369 of them are the paper's 738 outputs.
+    with_two = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
+    dealt = split_instructions(with_two, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
+    dealt += split_instructions(for_policies, {"policy_test": options["policy_test"]}, seed)
     taken = {row["instruction"] for row in dealt}
-    for split, texts in (("judge_train", candidates), ("policy_train", others)):
+    for split, texts in (("judge_train", candidates), ("policy_train", for_policies)):
         left = [text for text in texts if text not in taken]
         print(f"{split}: {len(left):,} instructions left, {options[split]:,} asked for")
         dealt += split_instructions(left, {split: min(len(left), options[split])}, seed)
@@ -387,15 +389,15 @@ def fill_case(case: str, rubric: str = "", **texts: str) -> str:
 
 
 def judge_messages(
-    text: str, output: str, other: str | None = None, rubric: str = "", *,
+    instruction: str, output: str, other: str | None = None, rubric: str = "", *,
     rules: str = "", case: str = "", rules_from: str = "system",
 ) -> Messages:  # fmt: skip
-    """The messages that ask a judge to grade `output` for the instruction `text`, or compare it to `other`.
+    """The messages that ask a judge to grade `output` for the `instruction`, or compare it to `other`.
 
-    The last three are for experiments, for a trained judge knows the default only: other rules, another form
-    of the case, or the rules at the head of the user's turn (`rules_from="user"`).
+    `rules`, `case` and `rules_from` are for experiments, for a trained judge knows the default only: other
+    rules, another form of the case, or the rules at the head of the user's turn (`rules_from="user"`).
     """
-    texts = {"instruction": text, "output": output}
+    texts = {"instruction": instruction, "output": output}
     if other is None:
         rules, case = rules or POINTWISE_RULES, case or POINTWISE_CASE
     else:
@@ -422,11 +424,11 @@ class Verdict(TypedDict, total=False):
     probabilities: list[float] | None  # of each label, by a trained judge
 
 
-def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: int, effort: str) -> Verdict:
+def ask_gold(endpoint: Endpoint, messages: Messages, pattern: str, max_tokens: int, effort: str) -> Verdict:
     """{text, reasoning, cause} of a chat model's answer at temperature 0.
 
     An answer that is cut off at `max_tokens` is asked for again with twice as many. The cause is None if the
-    final text matches the regular expression `wanted` as a whole. The server's reasoning parser keeps the
+    final text as a whole matches the regular expression `pattern`. The server's reasoning parser keeps the
     reasoning apart (gpt-oss: the analysis channel); without a parser it may come first, in `<think>`.
     """
     for tokens in (max_tokens, 2 * max_tokens):
@@ -441,7 +443,7 @@ def ask_gold(endpoint: Endpoint, messages: Messages, wanted: str, max_tokens: in
     text, cause = text.strip(), None
     if not finished:
         cause = "cut off"
-    elif not re.fullmatch(wanted, text):
+    elif not re.fullmatch(pattern, text):
         cause = "not a label" if text else "no final answer"
     return {"text": text, "reasoning": reasoning.strip(), "cause": cause}
 
@@ -466,51 +468,53 @@ def grade_by_oracle(instruction: str, output: str, other: str | None, effort: st
     return {"label": better, "expected": better, "cause": None, "reasoning": why}
 
 
-def grade(gold: Options, endpoint: Any, text: str, output: str, other: str | None = None) -> Verdict:
-    """Gold's verdict on `output` for the instruction `text`, or on which of two outputs is better."""
-    if endpoint is None:
-        return grade_by_oracle(text, output, other, gold["gold_effort"])
+def grade(
+    options: Options, endpoint: Any, instruction: str, output: str, other: str | None = None
+) -> Verdict:
+    """Gold's verdict on `output` for the `instruction`, or on which of two outputs is better."""
+    if endpoint is None:  # here and below: gold is the oracle
+        return grade_by_oracle(instruction, output, other, options["gold_effort"])
     labels = LABELS if other is None else PAIRWISE_LABELS
-    messages = judge_messages(text, output, other)
-    return grade_by_chat(endpoint, messages, labels, gold["gold_tokens"], gold["gold_effort"])
+    messages = judge_messages(instruction, output, other)
+    return grade_by_chat(endpoint, messages, labels, options["gold_tokens"], options["gold_effort"])
 
 
-def label_row(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
+def label_row(options: Options, endpoint: Endpoint | None, row: Row) -> Row:
     """`row` {id, split, instruction, output, and other if it is a pair} with gold's verdict.
 
     A row that has a label already is judged once more, at another effort. The verdict is invalid if it gives
     another label: its reasoning would not support the one that judges are trained on (paper, section 4.3).
     """
-    verdict = grade(gold, endpoint, row["instruction"], row["output"], row.get("other"))
+    verdict = grade(options, endpoint, row["instruction"], row["output"], row.get("other"))
     if "label" in row and verdict["label"] not in (None, row["label"]):
         verdict |= {"label": None, "cause": "another label"}
     return {**row, **verdict}
 
 
-def write_rubric(gold: Options, endpoint: Endpoint | None, row: Row) -> Row:
+def write_rubric(options: Options, endpoint: Endpoint | None, row: Row) -> Row:
     """`row` with gold's {rubric, cause} for its instruction (paper, section 4.2)."""
     if endpoint is None:
         return {**row, "rubric": oracle_rubric(row["instruction"]), "cause": None}
     case = f"Instruction: {row['instruction']}"
     messages = [{"role": "system", "content": RUBRIC_RULES}, {"role": "user", "content": case}]
-    said = ask_gold(endpoint, messages, "(?s).+", gold["gold_tokens"], gold["gold_effort"])
-    return {**row, "rubric": "" if said["cause"] else said["text"], "cause": said["cause"]}
+    verdict = ask_gold(endpoint, messages, "(?s).+", options["gold_tokens"], options["gold_effort"])
+    return {**row, "rubric": "" if verdict["cause"] else verdict["text"], "cause": verdict["cause"]}
 
 
-def gold_endpoint(gold: Options, logs: Path) -> contextlib.AbstractContextManager[Endpoint | None]:
+def gold_endpoint(options: Options, logs: Path) -> contextlib.AbstractContextManager[Endpoint | None]:
     """The endpoint of the run's gold judge, as a context: its server ends with it. None for the oracle."""
-    if gold["gold"] == "oracle":
+    if options["gold"] == "oracle":
         return contextlib.nullcontext()
     # A token is rarely shorter than a character; a request that does not fit is refused, and counted.
-    room = 512 + 2 * gold["max_chars"] + 2 * gold["gold_tokens"]
-    server = {"flags": gold["gold_flags"], "gpus_each": gold["gold_gpus_each"], "gpus": gold["gpus"]}
-    return chat_endpoint(gold["gold"], gold["gold_url"], "GOLD_API_KEY", room, logs=logs, **server)
+    room = 512 + 2 * options["max_chars"] + 2 * options["gold_tokens"]
+    server = {"flags": options["gold_flags"], "gpus_each": options["gold_gpus_each"], "gpus": options["gpus"]}
+    return chat_endpoint(options["gold"], options["gold_url"], "GOLD_API_KEY", room, logs=logs, **server)
 
 
 PROOFS, ENOUGH = 12, 10  # plain cases that a chat gold is asked first, and how many it must get right
 
 
-def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
+def prove(options: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
     """End the command unless gold scores an instruction's own answer above another instruction's.
 
     Kernels have served garbage without a word (flashinfer#3334, vllm#39545): better found in a minute than
@@ -520,19 +524,20 @@ def prove(gold: Options, endpoint: Endpoint, path: Path, threads: int) -> None:
     for n in range(PROOFS):
         tasks[f"{n}-right"] = rows[n]
         tasks[f"{n}-wrong"] = {**rows[n], "output": rows[n + PROOFS]["output"]}
-    records = map_to_jsonl(path, tasks, partial(label_row, gold, endpoint), "gold's proof", threads)
-    pairs = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
-    passed = sum(None not in pair and pair[0] > pair[1] for pair in pairs)
-    print(f"{gold['gold']}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
+    records = map_to_jsonl(path, tasks, partial(label_row, options, endpoint), "gold's proof", threads)
+    labels = [(right["label"], wrong["label"]) for right, wrong in zip(records[::2], records[1::2])]
+    passed = sum(None not in two and two[0] > two[1] for two in labels)
+    name = options["gold"]
+    print(f"{name}: the right answer got the higher label in {passed} of {PROOFS} plain cases")
     if passed < ENOUGH:
         path.unlink()  # a mended server is asked again
         causes = dict(Counter(str(record["cause"]) for record in records))
         said = f"{records[0]['instruction']!r}, right answer: {records[0]['reasoning'][:300]!r}"
-        fail(f"{gold['gold']} is no judge. (right, wrong) got {pairs}; causes {causes}. It said of {said}")
+        fail(f"{name} is no judge. (right, wrong) got {labels}; causes {causes}. It said of {said}")
 
 
 def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
-    """Neighbouring outputs of one instruction as {…, output, other, swapped}, in random order."""
+    """Neighbouring outputs of one instruction as {…, output, other, swapped}, either one first at random."""
     pairs = []
     for first, second in itertools.pairwise(outputs):
         if first["instruction"] == second["instruction"]:
@@ -545,40 +550,46 @@ def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
 
 
 def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], threads: int) -> None:
-    """Let gold `ask` about all `rows` into `path`, then count labels and causes in a .json file beside it.
+    """Write to `path` what gold says (`ask`) of all `rows`; then, to a .json beside it, counts of the labels.
 
-    The command ends if most of the first 200 verdicts are invalid: a wrong reasoning parser would cost days.
+    The command ends if most of the first 200 answers are no clear verdict (a tie is one, and so is another
+    label): a wrong reasoning parser would cost days.
     """
     path.with_suffix(".json").unlink(missing_ok=True)  # not complete until it is written again
     first, rest = dict(list(rows.items())[:200]), dict(list(rows.items())[200:])
     records = map_to_jsonl(path, first, ask, f"{path.stem} (first)", threads)
     for record in records[:10]:
         print("   ", *(str(record.get(key, ""))[:70] for key in ("label", "output", "reasoning", "rubric")))
-    valid = [record for record in records if record["cause"] in (None, "tie", "another label")]
-    if 2 * len(valid) < len(records):
-        write_jsonl(path, valid)
-        bad = next(record for record in records if record not in valid)
+    clear = [record for record in records if record["cause"] in (None, "tie", "another label")]
+    if 2 * len(clear) < len(records):
+        write_jsonl(path, clear)
+        bad = next(record for record in records if record not in clear)
         why = f"The first: {bad['cause']}, {bad.get('text', '')[:200]!r}"
-        fail(f"{path}: {len(records) - len(valid)} of the first {len(records)} verdicts are invalid. {why}")
+        fail(f"{path}: {len(records) - len(clear)} of the first {len(records)} verdicts are invalid. {why}")
     records += map_to_jsonl(path, rest, ask, path.stem, threads)
     write_jsonl(path, records)  # in the order of the rows: what is trained on it depends on the seed alone
     counts = {key: Counter(str(record.get(key)) for record in records) for key in ("label", "cause")}
     write_json(path.with_suffix(".json"), counts)
 
 
-def questions(name: str, folder: Path, gold: Options, endpoint: Any) -> tuple[dict[str, Row], Any]:
+def is_complete(path: Path) -> bool:
+    """Whether `annotate` has written NAME.jsonl to its end, and no request in it is without an answer."""
+    return path.with_suffix(".json").exists() and read_done(path) == read_jsonl(path)
+
+
+def questions(name: str, folder: Path, options: Options, endpoint: Any) -> tuple[dict[str, Row], Any]:
     """What gold is asked for NAME.jsonl in `folder`: (rows by id, the function that asks about one row)."""
-    ask = partial(label_row, gold, endpoint)
+    ask = partial(label_row, options, endpoint)
     if name == "labels":
         rows = read_jsonl(folder / "outputs.jsonl")
     elif name == "pairs":
-        rows = make_pairs(read_jsonl(folder / "outputs.jsonl"), gold["seed"])
+        rows = make_pairs(read_jsonl(folder / "outputs.jsonl"), options["seed"])
     elif name == "rubrics":
-        rows, ask = read_jsonl(folder / "instructions.jsonl"), partial(write_rubric, gold, endpoint)
+        rows, ask = read_jsonl(folder / "instructions.jsonl"), partial(write_rubric, options, endpoint)
     else:  # labels-EFFORT
         labelled = [row for row in read_jsonl(folder / "labels.jsonl") if row["label"] is not None]
         rows = [row for row in labelled if row["split"] == "judge_train"]
-        ask = partial(label_row, {**gold, "gold_effort": name.removeprefix("labels-")}, endpoint)
+        ask = partial(label_row, {**options, "gold_effort": name.removeprefix("labels-")}, endpoint)
     return {row["id"]: row for row in rows}, ask
 
 
@@ -647,48 +658,50 @@ def main(
     options = dict(locals())  # the options by their names: nothing else has a value yet
     for name in ("run", "efforts", "rubrics", "pairs"):  # the last three may be given later, too
         del options[name]
-    also = [effort for effort in efforts.split(",") if effort]
-    if not set(also) <= {"low", "medium", "high"}:
+    more_efforts = [effort for effort in efforts.split(",") if effort]
+    if not set(more_efforts) <= {"low", "medium", "high"}:
         fail(f"--efforts {efforts}: must be a list of low, medium and high.")
     if "gpt-oss" in gold and gold_effort == "none":
         fail("--gold-effort none: gpt-oss always reasons; choose low, medium or high.")
     if (gold == "oracle") != (data == "template"):
         fail(f"--gold {gold} with --data {data}: the oracle grades the template, and only it does.")
     folder = run / "annotations"
-    names = ["labels", *(f"labels-{effort}" for effort in also)]
+    names = ["labels", *(f"labels-{effort}" for effort in more_efforts)]
     if rubrics:
         names.append("rubrics")
     if pairs:
         names.append("pairs")
-    # NAME.json is written when NAME.jsonl is complete; where the server has failed since, it is asked again.
     files = [folder / f"{name}.jsonl" for name in names]
-    missing = [p for p in files if not p.with_suffix(".json").exists() or read_done(p) != read_jsonl(p)]
+    to_ask = [path for path in files if not is_complete(path)]
 
     # What cannot be used is refused before it costs anything.
-    policy_prompt(load_tokenizer(policy_model), "Hi.")
+    check_chat_model(policy_model)
     if "@" in gold_url:
         fail("--gold-url holds a password, which config.json would keep. Put the key into GOLD_API_KEY.")
-    if missing and gold_url:
+    if to_ask and gold_url:
         open_endpoint(gold_url, gold, "GOLD_API_KEY")
-    elif missing and gold != "oracle":
-        policy_prompt(load_tokenizer(gold), "Hi.")
+    elif to_ask and gold != "oracle":
+        check_chat_model(gold)
     record_config(folder, options)
 
     # 1. Instructions and candidate outputs.
     if not (folder / "outputs.jsonl").exists():
         make = template_outputs if data == "template" else preference_outputs
-        rows, texts = make(options)
+        rows, candidates = make(options)
         write_jsonl(folder / "instructions.jsonl", rows)
-        judged = [(row, n, text) for row in rows for n, text in enumerate(texts.get(row["instruction"], ()))]
-        records = ({**row, "id": f"{row['id']}-{n}", "output": text} for row, n, text in judged)
+        records = []
+        for row in rows:
+            for n, text in enumerate(candidates.get(row["instruction"], ())):
+                records.append({**row, "id": f"{row['id']}-{n}", "output": text})
         write_jsonl(folder / "outputs.jsonl", records)
 
     # 2. Gold's label of each, then what else was asked for.
-    with gold_endpoint(options, run / "logs") if missing else contextlib.nullcontext() as endpoint:
-        if endpoint:
-            prove(options, endpoint, folder / "proof.jsonl", threads)
-        for path in missing:
-            annotate(path, *questions(path.stem, folder, options, endpoint), threads)
+    if to_ask:
+        with gold_endpoint(options, run / "logs") as endpoint:
+            if endpoint:
+                prove(options, endpoint, folder / "proof.jsonl", threads)
+            for path in to_ask:
+                annotate(path, *questions(path.stem, folder, options, endpoint), threads)
 
     # 3. Does every score occur?
     for path in files:
@@ -712,7 +725,7 @@ def fail(message: str) -> NoReturn:
 
 
 def start(app: typer.Typer) -> NoReturn:
-    """Run a stage's command. However it ends, `finally` ends its servers, and no request is waited for."""
+    """Run a stage's command. However it ends, the `finally` of `serve` ends its servers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
@@ -730,7 +743,7 @@ def start(app: typer.Typer) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    os._exit(status)
+    os._exit(status)  # at once: threads with requests in flight are not waited for
 
 
 def read_jsonl(path: Path, needs: Iterable[str] = (), texts: Iterable[str] = ()) -> list[Row]:
@@ -767,8 +780,10 @@ APPENDING = threading.Lock()
 def append_jsonl(path: Path, record: Row) -> None:
     """Append one line, in one write. Half a line, which a full disk left there, is cut off before."""
     with APPENDING, path.open("ab+") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
         file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 
@@ -810,7 +825,7 @@ def read_done(path: Path) -> list[Row]:
     return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith("no answer")]
 
 
-def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str, threads: int) -> list[Row]:
+def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], title: str, threads: int) -> list[Row]:
     """The records {**work(task), id} of all `tasks` (id -> task), in order; made where `path` lacks them.
 
     So an interrupted call resumes, and asks again where the server failed. If all requests of the `tasks`
@@ -821,20 +836,20 @@ def map_to_jsonl(path: Path, tasks: Row, work: Callable[[Any], Row], label: str,
     done = {record["id"]: record for record in kept if record["id"] in tasks}
     pool = ThreadPoolExecutor(threads)
 
-    def one(key: str) -> None:
+    def answer(key: str) -> None:
         done[key] = {**work(tasks[key]), "id": key}
         append_jsonl(path, done[key])  # at once: an answer that has come is never asked for again
 
     try:
-        futures = [pool.submit(one, key) for key in tasks if key not in done]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=label, disable=not futures):
+        futures = [pool.submit(answer, key) for key in tasks if key not in done]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not futures):
             future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     causes = [record.get("cause") for record in done.values()]
     if causes and all(map(request_failed, causes)):
         write_jsonl(path, [record for record in kept if record["id"] not in tasks])
-        fail(f"{label}: all {len(causes)} requests failed. {causes[0]}")
+        fail(f"{title}: all {len(causes)} requests failed. {causes[0]}")
     return [done[key] for key in tasks]
 
 
@@ -929,19 +944,19 @@ def pick_gpus(gpus: str) -> list[str]:
     """The entries of CUDA_VISIBLE_DEVICES (numbers, UUIDs, MIG names) that `gpus` counts; it may be unset."""
     import torch
 
-    here, mask = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.version.cuda and not here:
+    visible, mask = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda and not visible:
         stack = "For the CPU stack: make clean setup REQUIREMENTS=requirements-cpu.txt"
         fail(f"torch sees no GPU. Is the driver new enough for CUDA {torch.version.cuda}? {stack}")
-    if not re.fullmatch(r"\d+(,\d+)*", gpus) or (here and max(map(int, gpus.split(","))) >= here):
-        fail(f"GPUs {gpus}: must be a list like 0,1, below the {here} that are visible.")
+    if not re.fullmatch(r"\d+(,\d+)*", gpus) or (visible and max(map(int, gpus.split(","))) >= visible):
+        fail(f"GPUs {gpus}: must be a list like 0,1, below the {visible} that are visible.")
     return [mask.split(",")[int(gpu)].strip() if mask else gpu for gpu in gpus.split(",")]
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
 # What is put into a prompt goes through `chat_ids`, or `Endpoint.chat` for other people's servers.
 
-# Of ChatML, Llama, gpt-oss, Phi, Gemma, DeepSeek, Mistral, GLM and EXAONE. `<s>` is left: HTML has it too.
+# Of ChatML, Llama, gpt-oss, Phi, Gemma, DeepSeek, Mistral, GLM and EXAONE; not `<s>`, which HTML has too.
 FOREIGN_TOKENS = (
     r"<\|[\w:-]+\|?>|<\w+\|>|<｜[^｜<>]{1,40}｜>|\[\|\w+\|\]|</?think>|<(?:start|end)_of_\w+>"
     r"|<(?:bos|eos|pad|unk|sop|eop)>|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK)\]"
@@ -950,7 +965,7 @@ FOREIGN_TOKENS = (
 
 @functools.cache
 def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """The tokenizer's special tokens; without one, whole tokens of the common families."""
+    """A pattern of the tokenizer's special tokens; without a tokenizer, of those of the common families."""
     if tokenizer is None:
         return re.compile(FOREIGN_TOKENS)
     names = {"<think>", "</think>", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
@@ -1006,6 +1021,11 @@ def load_tokenizer(model: str) -> Any:
         fail(f"model {model}: no tokenizer ({str(error).splitlines()[0]}). The laptop's: make setup")
 
 
+def check_chat_model(model: str) -> None:
+    """End the command unless `model` has a tokenizer and a chat template."""
+    chat_ids(load_tokenizer(model), [{"role": "user", "content": "Hi."}])
+
+
 def context_length(model: str) -> int:
     """The longest sequence of `model`, in tokens."""
     from transformers import AutoConfig
@@ -1055,9 +1075,9 @@ class Endpoint:
     def __init__(self, url: str, key: str, model: str, retries: int = 14) -> None:
         self.url, self.key, self.model = url, key, model
         self.clients, timeout = [], openai.Timeout(PATIENCE, connect=30)
-        for one in url.split(","):
-            http = HttpClient(timeout=timeout, trust_env=not one.startswith("http://127.0.0.1:"))
-            client = openai.OpenAI(base_url=one, api_key=key, http_client=http, max_retries=retries)
+        for address in url.split(","):
+            http = HttpClient(timeout=timeout, trust_env=not address.startswith("http://127.0.0.1:"))
+            client = openai.OpenAI(base_url=address, api_key=key, http_client=http, max_retries=retries)
             self.clients.append(client)
         self.refused: set[str] = set()  # parameters that the server does not take
         self.lock, self.last_answer = threading.Lock(), float("-inf")
@@ -1084,9 +1104,9 @@ class Endpoint:
         try:
             response = client.post(path, cast_to=httpx2.Response, body=body)
         except openai.APIError as error:
-            if self.can_do_without(error, body):
+            if self.leave_out_parameter(error, body):
                 return self.ask(prompt, request, read)
-            raise NoAnswer(self.cause(error), error.request, body=None) from error
+            raise NoAnswer(self.cause_or_raise(error), error.request, body=None) from error
         self.last_answer = time.monotonic()
         try:
             choices = response.json()["choices"]
@@ -1097,13 +1117,13 @@ class Endpoint:
             cause = f"no answer: instead the server sent {response.text[:200]!r}"
             raise NoAnswer(cause, response.request, body=None) from error
 
-    def can_do_without(self, error: Any, body: Row) -> bool:
+    def leave_out_parameter(self, error: Any, body: Row) -> bool:
         """Whether `error` says that one parameter of `body` is not supported; the server gets it no more."""
-        said = str(error)
-        named = [name for name in MAY_BE_REFUSED if name in body and re.search(rf"\b{name}\b", said)]
+        message = str(error)
+        named = [name for name in MAY_BE_REFUSED if name in body and re.search(rf"\b{name}\b", message)]
         if getattr(error, "status_code", 0) not in (400, 422) or len(named) != 1:
             return False
-        if not NOT_TAKEN.search(said):
+        if not NOT_TAKEN.search(message):
             return False  # only a value is refused, or the name stands in a text that is quoted
         with self.lock:
             if named[0] not in self.refused:  # by another thread
@@ -1111,14 +1131,17 @@ class Endpoint:
                 print(f"{self.url}: {named[0]} is refused and left out from now on")
         return True
 
-    def cause(self, error: Any) -> str:
-        """Why a request has no answer, in words; raises `error` where others would have none either."""
+    def cause_or_raise(self, error: Any) -> str:
+        """Why one request has no answer, in words; raises `error` where no other would have one either."""
         status = getattr(error, "status_code", None)  # None: the connection was cut, or nothing came in time
         if status in (400, 413, 422):
             return f"refused ({status}): {' '.join(str(error).split())[:200]}"
+        our_fault = status is not None and status < 500  # a wrong key, or no such model
         silent = time.monotonic() > self.last_answer + 2 * PATIENCE
         hangs = silent and isinstance(error, openai.APITimeoutError)  # though it may still list its models
-        if (status or 500) < 500 or hangs or not 200 <= self.status() < 500:
+        if our_fault or hangs:
+            raise error
+        if not 200 <= self.status() < 500:  # the server is gone
             raise error
         why = error if status else error.__cause__ or error
         return f"no answer: {' '.join(str(why).split())[:200]}"
@@ -1169,8 +1192,8 @@ class Endpoint:
         """The HTTP status of the server's list of models, which not every server has; 0: no such server."""
         try:
             for client in self.clients:
-                asked = client.with_options(max_retries=0, timeout=60)
-                asked.get("/models", cast_to=httpx2.Response).json()["data"][0]
+                once = client.with_options(max_retries=0, timeout=60)
+                once.get("/models", cast_to=httpx2.Response).json()["data"][0]
         except openai.APIStatusError as error:
             return error.status_code
         except (openai.APIConnectionError, ValueError, LookupError, TypeError):
@@ -1243,7 +1266,7 @@ def mend_vllm() -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     def expand(self: Any, y_TO: Any, x_TI: Any, weights: Any, start: int, size: int, **more: Any) -> None:
-        """y[:, start : start + size] += scale * x W', W: each token's of `weights` [adapters, 1, O, I]."""
+        """y[t, start : start + size] += scale * W x[t]; W: `weights` [adapter of token t, 0], of O × I."""
         adapter_T, columns_TO = self.token_lora_indices, y_TO.narrow(1, start, size)
         adapters = set(adapter_T.tolist())  # -1: none
         for adapter in adapters - {-1}:

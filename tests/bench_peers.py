@@ -127,7 +127,7 @@ def label(s: Any, folder: Path) -> Any:
     annotate.Endpoint.ask = fixed_length
     with annotate.serve(s["model"], folder, 2048, flags=f"--max-num-seqs {s['seqs']}") as endpoint:
         ask = partial(annotate.grade, gold, endpoint, "Write.")
-        label_all = partial(annotate.map_to_jsonl, work=ask, label="labels", threads=2 * s["seqs"])
+        label_all = partial(annotate.map_to_jsonl, work=ask, title="labels", threads=2 * s["seqs"])
         return rate(s, lambda tasks: label_all(folder / min(tasks), tasks))
 
 

@@ -18,7 +18,7 @@ MUTATIONS = [
     ("01", "return points if claims(output)", "return points if not claims(output)", "truth is gold"),
     ("01", "t.replace(code, ", "t.replace('', ", "an output may hold its own code"),
     ("01", '{match[0][0]} {match[0][1:]}"', '{match[0]}"', "special tokens are not broken up"),
-    ("01", "(status or 500) < 500", "(status or 500) < 900", "one 500 ends the run"),
+    ("01", "and status < 500", "and status < 900", "one 500 ends the run"),
     ("01", 'get("finish_reason") != "length"', 'get("finish_reason") == "stop"', "other words for stop"),
     ("01", 'verdict["label"] not in (None, row["label"])', "False", "another label is kept"),
     ("01", 'one["output"], "other": two', 'two["output"], "other": one', "outputs of a pair swapped"),

@@ -378,7 +378,7 @@ def test_the_proof_has_a_known_order_and_a_margin(tmp_path: Path, monkeypatch: A
     asked: list[Any] = []
 
     def verdict(bad: int) -> Any:
-        def grade(gold: Any, endpoint: Any, text: str, output: str, other: None) -> Any:
+        def grade(options: Any, endpoint: Any, text: str, output: str, other: None) -> Any:
             asked.append((text, output))
             right = output == honest[text]
             label = (4, None)[right] if list(honest).index(text) < bad else 4 + right
@@ -519,7 +519,7 @@ def test_which_parameters_a_server_does_not_take(says: str, taken: bool) -> None
     endpoint = annotate.Endpoint("http://127.0.0.1:1/v1", "secret", "gold", 0)
     error: Any = type("Refused", (Exception,), {"status_code": 400})(says)
     body = {"max_tokens": 16384, "temperature": 0.0}
-    assert endpoint.can_do_without(error, body) is not taken
+    assert endpoint.leave_out_parameter(error, body) is not taken
 
 
 def test_what_is_asked_again_is_not_complete_before_it_is_there(tmp_path: Path) -> None:

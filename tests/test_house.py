@@ -237,8 +237,7 @@ def test_presets(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_the_preset_of_stage_1(tmp_path: Path, monkeypatch: Any) -> None:
     """It stands beside the options in which it differs from the laptop's values, in any order."""
-    monkeypatch.setattr(annotate, "load_tokenizer", str)
-    monkeypatch.setattr(annotate, "policy_prompt", lambda *_: None)
+    monkeypatch.setattr(annotate, "check_chat_model", lambda _: None)
     recorded: list[Any] = []
     monkeypatch.setattr(annotate, "record_config", lambda folder, options: recorded.append(options) or 1 / 0)
     for line in ("--seed 3 --preset gpu --threads 7", "--threads 7 --preset gpu --seed 3"):
