@@ -77,9 +77,10 @@ def thinking_end(tokenizer: Any) -> list[int]:  # in pieces, because a tokenizer
 def judge_prompt(tokenizer: Any, messages: Any, reasoning: bool) -> list[int]:
     """Token ids after which a judge thinks (`reasoning`), or at once gives its digit."""
     ids = annotate.chat_ids(tokenizer, messages)
-    opening = "" if tokenizer.decode(ids[-6:]).endswith(THINK_OPEN) else THINK_OPEN  # some templates open it
+    opening = "" if tokenizer.decode(ids[-6:]).endswith(THINK_OPEN) else THINK_OPEN  # some templates end so
     if reasoning:
         return ids + encode(tokenizer, opening)
+    # Empty thinking, with the line end that `judge_answer` puts after any thinking.
     return ids + encode(tokenizer, opening + "\n") + thinking_end(tokenizer)
 
 
@@ -88,8 +89,8 @@ def judge_answer(tokenizer: Any, label: int, thinking: str | None) -> list[int]:
     ids = [*label_token_ids(tokenizer, str(label)), tokenizer.eos_token_id]
     if thinking is None:
         return ids
-    safe = annotate.escape_special_tokens(thinking, tokenizer)
-    return encode(tokenizer, safe + "\n") + thinking_end(tokenizer) + ids
+    escaped = annotate.escape_special_tokens(thinking, tokenizer)
+    return encode(tokenizer, escaped + "\n") + thinking_end(tokenizer) + ids
 
 
 @dataclass
@@ -116,10 +117,11 @@ def read_rubrics(run: Path) -> dict[str, str]:
 
 def row_messages(row: Row, rubrics: dict[str, str] | None) -> Any:
     """What a judge is asked about the output (or the pair of them) of `row`."""
-    text = row["instruction"]
-    if rubrics is not None and text not in rubrics:
-        fail(f"this judge was trained with rubrics, and 01 made none for the instruction {text[:60]!r}.")
-    return annotate.judge_messages(text, row["output"], row.get("other"), (rubrics or {}).get(text, ""))
+    instruction = row["instruction"]
+    if rubrics is not None and instruction not in rubrics:
+        fail(f"this judge was trained with rubrics, and 01 made none for {instruction[:60]!r}.")
+    rubric = (rubrics or {}).get(instruction, "")
+    return annotate.judge_messages(instruction, row["output"], row.get("other"), rubric)
 
 
 def expected_score(probabilities: Sequence[float], labels: str) -> float:
@@ -128,18 +130,18 @@ def expected_score(probabilities: Sequence[float], labels: str) -> float:
 
 
 def ask_judge(
-    judge: Judge, text: str, output: str, other: str | None = None, messages: Any = None
+    judge: Judge, instruction: str, output: str, other: str | None = None, messages: Any = None
 ) -> annotate.Verdict:
-    """Let `judge` grade one output for the instruction `text`, or a pairwise one say which of two is better.
+    """Let `judge` grade one output for `instruction`, or let a pairwise judge say which of two is better.
 
     [reasoning: sample until `</think>`], then one token constrained to the labels. Their log-probabilities
     give the label (the most probable) and the expected score. Of a pairwise judge P(the first is better) =
     2 - expected. A prompt that is too long, thinking that does not close, or a request that fails make the
-    judgement invalid: no label, no score, and a `cause`.
+    judgement invalid: no label, no score, and a `cause`. `messages` stand in place of the usual prompt.
     """
     verdict = {"label": None, "expected": None, "probabilities": None, "cause": None}
     verdict |= {"thinking": "", "thinking_tokens": 0}
-    row = {"instruction": text, "output": output, "other": other}
+    row = {"instruction": instruction, "output": output, "other": other}
     prompt = judge_prompt(judge.tokenizer, messages or row_messages(row, judge.rubrics), judge.reasoning)
     if len(prompt) > judge.max_prompt:
         return verdict | {"cause": "prompt too long"}
@@ -177,100 +179,9 @@ def label_probabilities(judge: Judge, prompt: list[int], labels: str) -> list[fl
     return [weight / sum(weights) for weight in weights]
 
 
-# --- Fine-tuning ----------------------------------------------------------------------------------
+# --- Packing: several examples in one forward pass, their common prefix only once -----------------
 
-Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
-SAVE_EVERY = 10  # optimiser steps: what a killed run loses at most
-
-
-def labelled(run: Path, split: str, effort: str = "", pairwise: bool = False) -> list[Row]:
-    """The annotated outputs (or pairs) of `split` that carry a gold label.
-
-    `effort`: another than that of labels.jsonl, and only examples that got the same label at both.
-    """
-    name, option = "labels", ""
-    if pairwise:
-        name, option = "pairs", "--pairs"
-    elif effort:
-        name, option = f"labels-{effort}", f"--efforts {effort}"
-    path = run / "annotations" / f"{name}.jsonl"
-    annotate.require(path.with_suffix(".json"), f"01_annotate.py --run {run} {option}")
-    rows = annotate.read_jsonl(path, ["id", "split", "instruction", "output", "label", "reasoning"])
-    return [row for row in rows if row["split"] == split and row["label"] is not None]
-
-
-def training_rows(options: Options, run: Path) -> list[Row]:
-    """The examples to train on, the same on every rank."""
-    rows = labelled(run, "judge_train", options["effort"], options["pairwise"])
-    if options["reasoning"]:
-        rows = [row for row in rows if row["reasoning"]]
-    if not rows or options["examples"] > len(rows):
-        fail(f"{run}/annotations: {len(rows)} examples to train on, --examples {options['examples']}.")
-    if options["examples"]:
-        rows = random.Random(options["seed"]).sample(rows, options["examples"])
-    return rows
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
-    """Linear warm-up over the first 3 % of the steps, then linear decay to 0 (as the paper's SFT)."""
-    ramp = max(1, round(warmup * steps))
-    return peak * min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
-
-
-def fine_tune(options: Options, run: Path, folder: Path) -> None:
-    """Minimise the mean cross-entropy of the answer tokens, on every rank; one adapter an epoch. Resumes."""
-    rows, tokenizer = training_rows(options, run), annotate.load_tokenizer(options["model"])
-    rubrics = read_rubrics(run) if options["rubrics"] else None
-    size, batches = options["batch"], math.ceil(len(rows) / options["batch"])
-    steps = options["epochs"] * batches
-    first, state = latest_state(folder)
-    rank, ranks = rank_and_size()
-    model, optimizer = load_training(options, state)
-    if rank == 0:
-        print(f"{len(rows)} examples, {steps} steps, {first} of them done", flush=True)
-        rewind(folder / "metrics.jsonl", first)
-
-    def example(row: Row) -> Pair:
-        thinking = row["reasoning"] if options["reasoning"] else None
-        prompt = judge_prompt(tokenizer, row_messages(row, rubrics), options["reasoning"])
-        return prompt, judge_answer(tokenizer, row["label"], thinking)
-
-    for step in tqdm(range(first, steps), initial=first, total=steps, desc="fine-tuning", disable=rank > 0):
-        began = time.perf_counter()
-        epoch, place = divmod(step, batches)
-        order = random.Random(f"{options['seed']} {epoch}").sample(rows, len(rows))
-        # Sorted, so that neighbours share as long a prefix as they can; a rank's share are neighbours.
-        batch = sorted(order[place * size :][:size], key=lambda row: (row["instruction"], row["output"]))
-        limits = options["max_prompt"], options["max_thinking"]
-        fitting = [(p, a) for p, a in map(example, batch) if len(p) <= limits[0] and len(a) <= limits[1]]
-        if not fitting and step == first:
-            fail(f"{folder}: no example of step {step} fits --max-prompt and --max-thinking. Raise them.")
-        tokens, loss = sum(len(answer) for _, answer in fitting), 0.0
-        for packed in pack(share_of_rank(fitting, rank, ranks), options["tokens_per_pass"]):
-            part = -answer_logprobs(model, packed).sum() / tokens
-            part.backward()
-            loss += part.item()
-        lr = learning_rate(step, steps, options["lr"])
-        norm = optimizer_step(model, optimizer, lr)
-        record = {"step": step, "epoch": epoch, "loss": over_ranks([loss])[0], "lr": lr, "grad_norm": norm}
-        record |= {"tokens": tokens, "left_out": len(batch) - len(fitting)}
-        if rank == 0:
-            seconds, epoch_ends = time.perf_counter() - began, place + 1 == batches
-            annotate.append_jsonl(folder / "metrics.jsonl", {**record, "seconds": seconds})
-            if epoch_ends:
-                save_adapter(model, folder / f"epoch-{epoch + 1}")
-            if epoch_ends or (step + 1) % SAVE_EVERY == 0:
-                save_state(folder, step + 1, model, optimizer)
-
-
-def share_of_rank(pairs: Sequence[Pair], rank: int, ranks: int) -> list[Pair]:
-    """A rank's neighbouring `pairs`: about as many tokens for each, since thoughts vary from 100 to 4,096."""
-    sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
-    middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes)]
-    return [pair for pair, middle in zip(pairs, middles) if int(ranks * middle / sum(sizes)) == rank]
-
-
-# --- Packing: several (prompt, answer) pairs in one forward pass, their common prefix only once ---
+Example = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 
 
 @dataclass
@@ -278,11 +189,11 @@ class Pack:
     """One forward pass over a shared prefix and the branches behind it; S tokens, A answer tokens.
 
     A token sees the prefix and its own branch up to itself; its position counts as if the branch stood alone
-    behind the prefix. The hidden state at `sources_A[i]` predicts the answer token `targets_A[i]`. One answer
-    stands there after the other, in the order of `members`, the numbers of their pairs.
+    behind the prefix. The hidden state at `sources_A[i]` predicts `targets_A[i]`; `targets_A` is the answers
+    of the packed examples joined, in the order of `members`.
     """
 
-    members: Sequence[int]
+    members: Sequence[int]  # indices of the packed examples
     ids_S: list[int]
     positions_S: list[int]
     starts: list[int]  # where each branch begins
@@ -290,21 +201,21 @@ class Pack:
     targets_A: list[int]
 
 
-def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
-    """Pack `pairs`, in order, into forward passes of at most `budget` tokens (one pair may exceed it).
+def pack(examples: Sequence[Example], budget: int) -> Iterator[Pack]:
+    """Pack `examples`, in order, into forward passes of at most `budget` tokens (one alone may exceed it).
 
-    A pair joins the latest pack if together they cost no more tokens than apart. Say the pack has a prefix of
-    25 tokens and two branches of 2, which is 29, and the next pair alone has 27. If it shares the whole
-    prefix, 31 tokens are fewer than 29 + 27, and it joins. If it shares only 5, so would all three branches:
-    5 + 3 x 22 = 71 are more, and it begins a new pack.
+    An example joins the latest pack if together they cost no more tokens than apart. Say that pack has a
+    prefix of 25 tokens and two branches of 2, and the next example alone has 27: apart 25 + 2 x 2 + 27 = 56.
+        It shares all 25:  25 + 3 x 2 = 31 tokens together; it joins.
+        It shares only 5:  each branch grows to 25 - 5 + 2 = 22; 5 + 3 x 22 = 71 together; a new pack begins.
     """
     current: Pack | None = None
-    for index in range(len(pairs)):
-        alone = build_pack(pairs, [index])
+    for index in range(len(examples)):
+        alone = build_pack(examples, [index])
         if current is None:
             current = alone
             continue
-        joined = build_pack(pairs, [*current.members, index])
+        joined = build_pack(examples, [*current.members, index])
         if len(joined.ids_S) <= min(budget, len(current.ids_S) + len(alone.ids_S)):
             current = joined
         else:
@@ -314,27 +225,55 @@ def pack(pairs: Sequence[Pair], budget: int) -> Iterator[Pack]:
         yield current
 
 
-def build_pack(pairs: Sequence[Pair], members: Sequence[int]) -> Pack:
-    """The pack of the pairs number `members` of all `pairs`; the prefix is what their prompts share:
+def build_pack(examples: Sequence[Example], members: Sequence[int]) -> Pack:
+    """The pack of the `examples` with the indices `members`; the prefix is what their prompts share:
 
     ids_S        prefix | rest of prompt, answer | rest of prompt, answer | …
     positions_S  0 … p-1 | p, p+1 …              | p, p+1 …               | …
     starts               ^                       ^                        ^
     """
-    prefix = len(commonprefix([pairs[index][0] for index in members]))  # noqa: RUF071 (token ids, not paths)
-    result = Pack(members, pairs[members[0]][0][:prefix], list(range(prefix)), [], [], [])
+    prefix = len(commonprefix([examples[index][0] for index in members]))  # noqa: RUF071 (token ids)
+    result = Pack(members, examples[members[0]][0][:prefix], list(range(prefix)), [], [], [])
     for index in members:
-        prompt, answer = pairs[index]
+        prompt, answer = examples[index]
         start = len(result.ids_S)
         result.starts.append(start)
         branch = [*prompt[prefix:], *answer[:-1]]  # nothing follows the last token, so it is not fed
         result.ids_S += branch
         result.positions_S += range(prefix, prefix + len(branch))
         answer_at = start + len(prompt) - prefix
+        # The answer's first token is predicted by its prompt's last: in the branch, or else in the prefix.
         before_answer = answer_at - 1 if len(prompt) > prefix else prefix - 1
         result.sources_A += [before_answer, *range(answer_at, answer_at + len(answer) - 1)]
         result.targets_A += answer
     return result
+
+
+def attend_by_branch(
+    module: Any, q_1HSK: Any, k_1JSK: Any, v_1JSK: Any, mask: Any, starts: Sequence[int] = (), **options: Any
+) -> tuple[Any, None]:
+    """transformers' attention for a `Pack` (H query and J key-value heads of size K): prefix, then branches.
+
+    A branch of B tokens sees the L keys of the prefix and itself. Its last query sees the last key, so the
+    causal mask is aligned at the lower right. No mask tensor is made, and no branch pays for the others.
+    """
+    outputs_1SHK, edges = [], [0, *starts, q_1HSK.shape[2]]
+    for start, end in pairwise(edges):
+        if start == end:  # no common prefix
+            continue
+        prefix = starts[0] if start else 0
+        k_1JLK = torch.cat([k_1JSK[:, :, :prefix], k_1JSK[:, :, start:end]], 2)
+        v_1JLK = torch.cat([v_1JSK[:, :, :prefix], v_1JSK[:, :, start:end]], 2)
+        causal = causal_lower_right(end - start, k_1JLK.shape[2])
+        q_1HBK, scale = q_1HSK[:, :, start:end], options.get("scaling")
+        branch_1HBK = scaled_dot_product_attention(
+            q_1HBK, k_1JLK, v_1JLK, attn_mask=causal, scale=scale, enable_gqa=True
+        )
+        outputs_1SHK.append(branch_1HBK.transpose(1, 2))
+    return torch.cat(outputs_1SHK, 1), None
+
+
+AttentionInterface.register("by_branch", attend_by_branch)
 
 
 def autocast(base: Any) -> Any:
@@ -352,6 +291,7 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0) -> Any:
     answers; where there are several chunks, each one's logits are computed again in the backward pass.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # `attend_by_branch`: transformers hands `starts`, which it does not know, on to it.
     base.set_attn_implementation("by_branch")
     lists = packed.ids_S, packed.positions_S, packed.sources_A, packed.targets_A
     ids_S, positions_S, sources_A, targets_A = (torch.tensor(x, device=base.device) for x in lists)
@@ -371,45 +311,18 @@ def answer_logprobs(model: Any, packed: Pack, temperature: float = 1.0) -> Any:
         return torch.cat([checkpoint(logprobs_of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def attend_by_branch(
-    module: Any, q_1HSK: Any, k_1CSK: Any, v_1CSK: Any, mask: Any, starts: Sequence[int] = (), **options: Any
-) -> tuple[Any, None]:
-    """transformers' attention for a `Pack` (H query heads, C key-value heads): the prefix, then each branch.
-
-    A branch of B tokens sees the prefix and itself, T keys. Its last query sees the last key, so the causal
-    mask is aligned at the lower right. No mask tensor is made, and no branch pays for the others.
-    """
-    outputs_1SHK, edges = [], [0, *starts, q_1HSK.shape[2]]
-    for start, end in pairwise(edges):
-        if start == end:  # no common prefix
-            continue
-        prefix = starts[0] if start else 0
-        k_1CTK = torch.cat([k_1CSK[:, :, :prefix], k_1CSK[:, :, start:end]], 2)
-        v_1CTK = torch.cat([v_1CSK[:, :, :prefix], v_1CSK[:, :, start:end]], 2)
-        causal = causal_lower_right(end - start, k_1CTK.shape[2])
-        q_1HBK, scale = q_1HSK[:, :, start:end], options.get("scaling")
-        branch_1HBK = scaled_dot_product_attention(
-            q_1HBK, k_1CTK, v_1CTK, attn_mask=causal, scale=scale, enable_gqa=True
-        )
-        outputs_1SHK.append(branch_1HBK.transpose(1, 2))
-    return torch.cat(outputs_1SHK, 1), None
-
-
-AttentionInterface.register("by_branch", attend_by_branch)
-
-
 def check_forward(model: Any, name: str, temperature: float = 0.7) -> None:
-    """End the command where `answer_logprobs` is not the class's own forward pass: a window, a cap, a scale …
+    """End the command where `answer_logprobs` differs from the model's own: a window, a cap, a scale …
 
     Compared as it is trained, in training mode and at a temperature, on two answers to one prompt.
     """
     base, prompt, answers = model.get_base_model(), list(range(20, 40)), ([41, 42, 43, 44], [51, 52, 53, 54])
-    with torch.no_grad(), autocast(base):  # its own first, for `answer_logprobs` sets our attention
-        ids_BS = torch.tensor([prompt + answer for answer in answers], device=base.device)
-        logits_BAV = base(ids_BS).logits[:, len(prompt) - 1 : -1].float() / temperature
+    with torch.no_grad(), autocast(base):  # the model's own first, for `answer_logprobs` sets our attention
+        ids_2S = torch.tensor([prompt + answer for answer in answers], device=base.device)
+        logits_2AV = base(ids_2S).logits[:, len(prompt) - 1 : -1].float() / temperature
         (packed,) = pack([(prompt, answer) for answer in answers], 512)
         ours_A = answer_logprobs(model, packed, temperature)
-    own_A = logits_BAV.log_softmax(-1).gather(2, ids_BS[:, len(prompt) :, None]).flatten()
+    own_A = logits_2AV.log_softmax(-1).gather(2, ids_2S[:, len(prompt) :, None]).flatten()
     exact = torch.allclose(ours_A, own_A, atol=1e-3 if base.dtype == torch.float32 else 0.3)
     if not exact or getattr(base.config, "sliding_window", None):
         fail(f"{name}: {type(base).__name__} has a window, a scale or such: it would be trained wrongly.")
@@ -441,10 +354,11 @@ def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float | None:
 
 
 def agreement(judgements: Sequence[Row], pairwise: bool = False) -> dict[str, float | None]:
-    """Agreement of judgements (records with gold, label, expected) with gold, in per cent; None: no measure.
+    """Agreement of judgements (records with gold, label, expected) with gold: alpha x 100, the rest in %.
 
-    Invalid judgements are left out, and counted. Pairwise: how often the judge names gold's choice, also by
-    the place of that choice; a judge without position bias is as often right in both. A tie is half right.
+    None where nothing can be measured. Invalid judgements are left out, and counted. Pairwise: how often the
+    judge names gold's choice, also by the place of that choice; a judge without position bias is as often
+    right in both. A tie is half right.
     """
     valid = [j for j in judgements if j["label"] is not None]
     n = max(1, len(judgements))
@@ -475,10 +389,10 @@ def describe(scores: dict[str, float | None]) -> str:
 
 
 def selection_score(scores: dict[str, Any]) -> float:
-    """What an epoch is chosen by: alpha of the expected score, minus the per cent of invalid judgements.
+    """What an epoch is chosen by: alpha x 100 of the expected score, minus the % of invalid judgements.
 
     The expected score, because it rewards the policies: the most likely digit can agree with gold while the
-    distribution behind it is almost flat. In pairs: the mean accuracy of both places of gold's choice.
+    distribution behind it is almost flat. In pairs, in place of alpha: the mean of both places' accuracies.
     """
     names = ("alpha_expected", "accuracy_1", "accuracy_2")
     values = [scores[name] for name in names if scores.get(name) is not None]
@@ -488,6 +402,9 @@ def selection_score(scores: dict[str, Any]) -> float:
 def judge_row(ask: Callable[..., annotate.Verdict], row: Row) -> annotate.Verdict:
     """The verdict of a judge on an annotated output (or pair)."""
     return ask(row["instruction"], row["output"], row.get("other"))
+
+
+# --- Finished judges and their server --------------------------------------------------------------
 
 
 class JudgeRecord(TypedDict, total=False):
@@ -513,30 +430,6 @@ class JudgeRecord(TypedDict, total=False):
 NEEDED = ("model", "reasoning", "lora_rank", "lora_modules", "max_prompt", "max_thinking", "temperature")
 
 
-def choose_epoch(options: Options, run: Path, folder: Path) -> None:
-    """Judge the validation outputs with each epoch's adapter; the best `selection_score` makes the judge."""
-    tasks = {row["id"]: row for row in labelled(run, "judge_validation", pairwise=options["pairwise"])}
-    tokenizer, scores = annotate.load_tokenizer(options["model"]), {}
-    with serve_adapters([options], run, options["gpus"]) as endpoint:
-        for epoch in range(1, options["epochs"] + 1):
-            name, path = f"epoch-{epoch}", folder / f"validation-{epoch}.jsonl"
-            endpoint.load_adapter(name, folder / name)
-            ask = partial(ask_judge, served_judge(endpoint, tokenizer, name, options, run))
-            records = annotate.map_to_jsonl(path, tasks, partial(judge_row, ask), name, options["threads"])
-            judged = [{**record, "gold": tasks[record["id"]]["label"]} for record in records]
-            scores[name] = agreement(judged, options["pairwise"])
-            print(f"{name}: {describe(scores[name])}", flush=True)
-            endpoint.unload_adapter(name)
-    best = max(scores, key=lambda name: selection_score(scores[name]))
-    record = {key: options[key] for key in JudgeRecord.__annotations__ if key in options}
-    steps = annotate.read_jsonl(folder / "metrics.jsonl", ["left_out"])
-    examples = options["epochs"] * len(training_rows(options, run))
-    record["left_out"] = sum(step["left_out"] for step in steps) / examples
-    # With reasoning, these are the cases that gold thought about longest.
-    print(f"{record['left_out']:.1%} of the examples were too long to train on, and left out")
-    annotate.write_json(folder / "judge.json", {**record, "adapter": best, "validation": scores[best]})
-
-
 def served_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Any, run: Path) -> Judge:
     """The judge described by `record` (a `JudgeRecord`, or the options it came from) behind `endpoint`."""
     settings = {key: record[key] for key in ("reasoning", "max_thinking", "max_prompt", "temperature")}
@@ -545,13 +438,13 @@ def served_judge(endpoint: Any, tokenizer: Any, adapter: str | None, record: Any
 
 
 def serve_adapters(
-    records: Sequence[Row], run: Path, gpus: str, count: int = 1, others: Sequence[str] = ()
+    records: Sequence[Row], run: Path, gpus: str, count: int = 1, others_gpus: Sequence[str] = ()
 ) -> Any:
     """A server of one base model for the adapters of `records` (judges or policies), `count` at a time.
 
-    It takes 0.9 of the memory of its `gpus`, and half of that for each of `others` that works on them too.
+    It takes 0.9 of the memory of its `gpus`, halved for each of `others_gpus` that has one of them too.
     """
-    neighbours = [other for other in others if set(gpus.split(",")) & set(other.split(","))]
+    neighbours = [theirs for theirs in others_gpus if set(gpus.split(",")) & set(theirs.split(","))]
     memory = 0.9 / 2 ** len(neighbours)
     rooms = [r["max_prompt"] + r.get("max_thinking", 0) + r.get("max_tokens", 0) + 16 for r in records]
     modules = sorted({module for record in records for module in record["lora_modules"]})
@@ -591,9 +484,9 @@ def check_adapter(folder: Path, model: str, rank: int) -> Path:
 
 
 def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
-    """Call `work(*arguments)` as one rank on each of `gpus` (on a CPU their number counts), by torch.
+    """Call `work(*arguments)` as one rank on each of `gpus` (on a CPU their number counts).
 
-    A single rank runs in this process. Several end with it; what `work` and `arguments` are must pickle.
+    A single rank runs in this process. Several have their own, which end with this; all must pickle.
     """
     annotate.pick_gpus(gpus)
     devices = [int(gpu) for gpu in gpus.split(",")]
@@ -634,14 +527,14 @@ def rank_and_size() -> tuple[int, int]:
 
 def over_ranks(values: Sequence[float]) -> list[float]:
     """The sums of `values` over the ranks. All wait for each other here."""
-    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo
+    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU, where gloo adds them
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers.tolist()
 
 
 def optimizer_step(model: Any, optimizer: Any, lr: float) -> float:
-    """Sum the gradients over the ranks (a rank without a share brings zeros), clip them, step; their norm."""
+    """Sum the gradients over the ranks (a rank without a share adds zeros), clip, step; their norm."""
     parameters = trainable(model)
     if rank_and_size()[1] > 1:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
@@ -736,6 +629,125 @@ def latest_state(folder: Path) -> tuple[int, Path | None]:
 def rewind(path: Path, steps: int) -> None:
     """Keep the records of the first `steps` steps: later ones will be made again."""
     annotate.write_jsonl(path, [r for r in annotate.read_jsonl(path, ["step"]) if r["step"] < steps])
+
+
+# --- Fine-tuning, and which epoch is kept ---------------------------------------------------------
+
+SAVE_EVERY = 10  # optimiser steps: what a killed run loses at most
+
+
+def labelled(run: Path, split: str, effort: str = "", pairwise: bool = False) -> list[Row]:
+    """The annotated outputs (or pairs) of `split` that carry a gold label.
+
+    `effort`: another than that of labels.jsonl, and only examples that got the same label at both.
+    """
+    name, option = "labels", ""
+    if pairwise:
+        name, option = "pairs", "--pairs"
+    elif effort:
+        name, option = f"labels-{effort}", f"--efforts {effort}"
+    path = run / "annotations" / f"{name}.jsonl"
+    annotate.require(path.with_suffix(".json"), f"01_annotate.py --run {run} {option}")
+    rows = annotate.read_jsonl(path, ["id", "split", "instruction", "output", "label", "reasoning"])
+    return [row for row in rows if row["split"] == split and row["label"] is not None]
+
+
+def training_rows(options: Options, run: Path) -> list[Row]:
+    """The examples to train on, the same on every rank."""
+    rows = labelled(run, "judge_train", options["effort"], options["pairwise"])
+    if options["reasoning"]:
+        rows = [row for row in rows if row["reasoning"]]
+    if not rows or options["examples"] > len(rows):
+        fail(f"{run}/annotations: {len(rows)} examples to train on, --examples {options['examples']}.")
+    if options["examples"]:
+        rows = random.Random(options["seed"]).sample(rows, options["examples"])
+    return rows
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
+    """Linear warm-up over the first 3 % of the steps, then linear decay to 0 (as the paper's SFT)."""
+    ramp = max(1, round(warmup * steps))
+    return peak * min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
+
+
+def share_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
+    """The neighbouring `examples` that `rank` takes: about as many tokens as any, as thoughts vary in length.
+
+    The tokens of all in a row are cut into equal stretches, and an example goes where its middle lies.
+    """
+    sizes = [len(prompt) + len(answer) for prompt, answer in examples]
+    middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes)]
+    return [example for example, m in zip(examples, middles) if int(ranks * m / sum(sizes)) == rank]
+
+
+def fine_tune(options: Options, run: Path, folder: Path) -> None:
+    """Minimise the mean cross-entropy of the answer tokens, on every rank; one adapter an epoch. Resumes."""
+    rows, tokenizer = training_rows(options, run), annotate.load_tokenizer(options["model"])
+    rubrics = read_rubrics(run) if options["rubrics"] else None
+    size, batches_an_epoch = options["batch"], math.ceil(len(rows) / options["batch"])
+    steps = options["epochs"] * batches_an_epoch
+    done, state = latest_state(folder)
+    rank, ranks = rank_and_size()
+    model, optimizer = load_training(options, state)
+    if rank == 0:
+        print(f"{len(rows)} examples, {steps} steps, {done} of them done", flush=True)
+        rewind(folder / "metrics.jsonl", done)
+
+    def example(row: Row) -> Example:
+        thinking = row["reasoning"] if options["reasoning"] else None
+        prompt = judge_prompt(tokenizer, row_messages(row, rubrics), options["reasoning"])
+        return prompt, judge_answer(tokenizer, row["label"], thinking)
+
+    for step in tqdm(range(done, steps), initial=done, total=steps, desc="fine-tuning", disable=rank > 0):
+        began = time.perf_counter()
+        epoch, place = divmod(step, batches_an_epoch)  # place: which batch of the epoch
+        shuffled = random.Random(f"{options['seed']} {epoch}").sample(rows, len(rows))
+        # Sorted, so that neighbours share as long a prefix as they can; a rank's share are neighbours.
+        batch = sorted(shuffled[place * size :][:size], key=lambda row: (row["instruction"], row["output"]))
+        max_prompt, max_answer = options["max_prompt"], options["max_thinking"]
+        fitting = [(p, a) for p, a in map(example, batch) if len(p) <= max_prompt and len(a) <= max_answer]
+        if not fitting and step == done:
+            fail(f"{folder}: no example of step {step} fits --max-prompt and --max-thinking. Raise them.")
+        tokens, loss = sum(len(answer) for _, answer in fitting), 0.0
+        for packed in pack(share_of_rank(fitting, rank, ranks), options["tokens_per_pass"]):
+            part_of_loss = -answer_logprobs(model, packed).sum() / tokens
+            part_of_loss.backward()
+            loss += part_of_loss.item()
+        lr = learning_rate(step, steps, options["lr"])
+        norm = optimizer_step(model, optimizer, lr)
+        record = {"step": step, "epoch": epoch, "loss": over_ranks([loss])[0], "lr": lr, "grad_norm": norm}
+        record |= {"tokens": tokens, "left_out": len(batch) - len(fitting)}
+        if rank == 0:
+            seconds, epoch_ends = time.perf_counter() - began, place + 1 == batches_an_epoch
+            annotate.append_jsonl(folder / "metrics.jsonl", {**record, "seconds": seconds})
+            if epoch_ends:
+                save_adapter(model, folder / f"epoch-{epoch + 1}")
+            if epoch_ends or (step + 1) % SAVE_EVERY == 0:
+                save_state(folder, step + 1, model, optimizer)
+
+
+def choose_epoch(options: Options, run: Path, folder: Path) -> None:
+    """Judge the validation outputs with each epoch's adapter; the best `selection_score` makes the judge."""
+    tasks = {row["id"]: row for row in labelled(run, "judge_validation", pairwise=options["pairwise"])}
+    tokenizer, scores = annotate.load_tokenizer(options["model"]), {}
+    with serve_adapters([options], run, options["gpus"]) as endpoint:
+        for epoch in range(1, options["epochs"] + 1):
+            name, path = f"epoch-{epoch}", folder / f"validation-{epoch}.jsonl"
+            endpoint.load_adapter(name, folder / name)
+            ask = partial(ask_judge, served_judge(endpoint, tokenizer, name, options, run))
+            records = annotate.map_to_jsonl(path, tasks, partial(judge_row, ask), name, options["threads"])
+            judged = [{**record, "gold": tasks[record["id"]]["label"]} for record in records]
+            scores[name] = agreement(judged, options["pairwise"])
+            print(f"{name}: {describe(scores[name])}", flush=True)
+            endpoint.unload_adapter(name)
+    best = max(scores, key=lambda name: selection_score(scores[name]))
+    record = {key: options[key] for key in JudgeRecord.__annotations__ if key in options}
+    steps = annotate.read_jsonl(folder / "metrics.jsonl", ["left_out"])
+    drawn = options["epochs"] * len(training_rows(options, run))
+    record["left_out"] = sum(step["left_out"] for step in steps) / drawn
+    # With reasoning, these are the cases that gold thought about longest.
+    print(f"{record['left_out']:.1%} of the examples were too long to train on, and left out")
+    annotate.write_json(folder / "judge.json", {**record, "adapter": best, "validation": scores[best]})
 
 
 # --- The command ----------------------------------------------------------------------------------

@@ -108,12 +108,12 @@ def grpo_loss(
     logprobs_A: Any, old_A: Any, advantages_A: Any, weights_A: Any, clip: tuple[float, float],
     beta: float = 0.0, reference_A: Any = None,
 ) -> Any:  # fmt: skip
-    """Minus eq. 2, the part of the A answer tokens given (all shapes [A]); a scalar, to be summed over parts.
+    """Minus eq. 2, summed over these A answer tokens; the parts of an optimiser step are added up.
 
-    `weights_A` is 1 / (|y| N) for a token of a rollout of |y| tokens, N being the rollouts of the whole
-    optimiser step: so the mean over tokens, then over rollouts, comes out right whatever part of the step is
-    handed in at a time. `clip` = (low, high) keeps the ratio in [1 - low, 1 + high]. From each token's
-    surrogate `beta` times the KL term is taken, the GRPO paper's estimator exp(ref - new) - (ref - new) - 1.
+    `weights_A` is 1 / (|y| N): |y| tokens of the token's rollout, N rewarded rollouts of the whole step. So
+    the mean over tokens, then over rollouts, comes out right however the step is cut into parts. `clip` =
+    (low, high) keeps the ratio in [1 - low, 1 + high]. Each token loses `beta` times the KL term, by the GRPO
+    paper's estimator exp(ref - new) - (ref - new) - 1.
     """
     ratio = (logprobs_A - old_A).exp()
     low, high = clip
@@ -141,6 +141,7 @@ class Rollout:
 
 
 Group = list[Rollout]  # the G rollouts of one prompt
+Minibatch = list[Group]  # of one optimiser step; a step's batch is a list of them. Here: this rank's share
 Rewards = tuple[list[float | None], list[Row]]  # of a group's rollouts, and what to note of each
 
 
@@ -160,24 +161,24 @@ class Task:
 def grpo(options: Options, folder: Path, endpoint: Any, task: Task) -> None:
     """Train for `options["steps"]` steps, on every rank; resumes from the saved state in `folder`."""
     rank, ranks = sft.rank_and_size()
-    first, state = sft.latest_state(folder)
+    done, state = sft.latest_state(folder)
     model, optimizer = sft.load_training(options, state, task.start)
     if rank == 0:
-        print(f"{options['steps']} steps, {first} of them done", flush=True)
-        sft.rewind(folder / "metrics.jsonl", first)
-        sft.rewind(folder / "rollouts.jsonl", first)
-    size = math.ceil(options["prompts"] / options["minibatches"])
-    adapter = publish(endpoint, model, folder, first)
-    for step in tqdm(range(first, options["steps"]), initial=first, total=options["steps"], disable=rank > 0):
+        print(f"{options['steps']} steps, {done} of them done", flush=True)
+        sft.rewind(folder / "metrics.jsonl", done)
+        sft.rewind(folder / "rollouts.jsonl", done)
+    prompts_each = math.ceil(options["prompts"] / options["minibatches"])  # of a minibatch, over all ranks
+    adapter_name = publish(endpoint, model, folder, done)
+    for step in tqdm(range(done, options["steps"]), initial=done, total=options["steps"], disable=rank > 0):
         began = time.perf_counter()
         rows_P = prompts_of_step(task.rows, step, options["prompts"], options["seed"])
-        minibatches = [rows_P[i : i + size][rank::ranks] for i in range(0, len(rows_P), size)]
-        batch = collect(endpoint, adapter, task, minibatches, options)  # sample, reward, advantage
+        shares = [rows_P[i : i + prompts_each][rank::ranks] for i in range(0, len(rows_P), prompts_each)]
+        batch = collect(endpoint, adapter_name, task, shares, options)  # sample, reward, advantage
         collected = time.perf_counter()
         if options["old_logprobs"] == "trainer":
             recompute_old_logprobs(model, batch, options)
-        updates = [update(model, optimizer, groups, options) for groups in batch]  # eq. 2
-        adapter = publish(endpoint, model, folder, step + 1)
+        updates = [update(model, optimizer, minibatch, options) for minibatch in batch]  # eq. 2
+        adapter_name = publish(endpoint, model, folder, step + 1)
         seconds = {"collect_seconds": collected - began, "seconds": time.perf_counter() - began}
         records = gather_records(batch, step)
         if rank == 0:
@@ -193,20 +194,20 @@ def prompts_of_step(rows: Sequence[Row], step: int, prompts: int, seed: int) -> 
 
 
 def collect(
-    endpoint: Any, adapter: str, task: Task, minibatches: Sequence[Sequence[Row]], options: Options
-) -> list[list[Group]]:
-    """A group of G rollouts with rewards and advantages for each row of each minibatch.
+    endpoint: Any, adapter_name: str, task: Task, shares: Sequence[Sequence[Row]], options: Options
+) -> list[Minibatch]:
+    """A group of G rollouts, rewarded, for each row in `shares`: what this rank has of each minibatch.
 
     All prompts are sampled at once; a group is judged while others are still sampled.
     """
-    sampling = ThreadPoolExecutor(max(1, sum(map(len, minibatches))))
-    judging = ThreadPoolExecutor(options["threads"])
-    limits = {"temperature": options["temperature"], "max_tokens": options["max_tokens"]}
+    sampling_pool = ThreadPoolExecutor(max(1, sum(map(len, shares))))
+    judging_pool = ThreadPoolExecutor(options["threads"])
+    sampling = {"temperature": options["temperature"], "max_tokens": options["max_tokens"]}
 
     def one_group(row: Row) -> Group:
         prompt = task.prompt(row)
-        samples_G = endpoint.sample(prompt, options["group"], adapter, **limits)
-        rewards_G, notes_G = task.rewards(row, samples_G, judging)
+        samples_G = endpoint.sample(prompt, options["group"], adapter_name, **sampling)
+        rewards_G, notes_G = task.rewards(row, samples_G, judging_pool)
         advantages_G = group_advantages(rewards_G, options["std_floor"], options["scale_std"])
         return [
             Rollout(row, prompt, sample, reward, advantage, notes, old_T=sample.logprobs_T)
@@ -214,12 +215,12 @@ def collect(
         ]
 
     try:
-        futures = [[sampling.submit(one_group, row) for row in rows] for rows in minibatches]
-        batch = [[group.result() for group in groups] for groups in futures]
+        futures_of = [[sampling_pool.submit(one_group, row) for row in rows] for rows in shares]
+        batch = [[future.result() for future in futures] for futures in futures_of]
     finally:  # after an error nobody waits for requests in flight
-        sampling.shutdown(wait=False, cancel_futures=True)
-        judging.shutdown(wait=False, cancel_futures=True)
-    causes = [rollout.notes.get("cause") for groups in batch for group in groups for rollout in group]
+        sampling_pool.shutdown(wait=False, cancel_futures=True)
+        judging_pool.shutdown(wait=False, cancel_futures=True)
+    causes = [rollout.notes.get("cause") for minibatch in batch for group in minibatch for rollout in group]
     if causes and all(map(annotate.request_failed, causes)):
         fail(f"all {len(causes)} judgements of this step failed. {causes[0]}")
     return batch
@@ -227,14 +228,14 @@ def collect(
 
 def packs_of(rollouts: Sequence[Rollout], options: Options) -> Iterator[tuple[Any, list[Rollout]]]:
     """The forward passes over `rollouts`, each with those that are in it, in the order of its tokens."""
-    pairs = [(rollout.prompt, rollout.sample.tokens_T) for rollout in rollouts]
-    for packed in sft.pack(pairs, options["tokens_per_pass"]):
+    examples = [(rollout.prompt, rollout.sample.tokens_T) for rollout in rollouts]
+    for packed in sft.pack(examples, options["tokens_per_pass"]):
         yield packed, [rollouts[index] for index in packed.members]
 
 
-def recompute_old_logprobs(model: Any, batch: Sequence[Sequence[Group]], options: Options) -> None:
+def recompute_old_logprobs(model: Any, batch: Sequence[Minibatch], options: Options) -> None:
     """Let old_T be the trainer's own log-probabilities before the step's first update, not the sampler's."""
-    rollouts = [rollout for groups in batch for group in groups for rollout in group]
+    rollouts = [rollout for minibatch in batch for group in minibatch for rollout in group]
     for packed, members in packs_of(rollouts, options):
         with torch.no_grad():
             old_A = sft.answer_logprobs(model, packed, options["temperature"])
@@ -243,30 +244,31 @@ def recompute_old_logprobs(model: Any, batch: Sequence[Sequence[Group]], options
             rollout.old_T = old_T.tolist()
 
 
-MEANS = ("logprob_gap", "ratio", "clipped_low", "clipped_high", "kl")  # over the tokens of an update
+# Over the tokens of the rollouts that are run, as `update` says; kl is written as 0 where beta is 0.
+MEANS = ("logprob_gap", "ratio", "clipped_low", "clipped_high", "kl")
 
 
-def update(model: Any, optimizer: Any, groups: Sequence[Group], options: Options) -> Row:
-    """One optimiser step of eq. 2 on `groups`, this rank's share of a minibatch; statistics over all ranks.
+def update(model: Any, optimizer: Any, minibatch: Minibatch, options: Options) -> Row:
+    """One optimiser step of eq. 2 on this rank's share of a minibatch; statistics over all ranks.
 
     Rollouts without reward do not count. Rollouts with advantage 0 count in the mean, but without a KL term
     they have no gradient and are not run.
     """
-    rewarded = [r for group in groups for r in group if r.reward is not None]
+    rewarded = [r for group in minibatch for r in group if r.reward is not None]
     active = [r for r in rewarded if r.advantage or options["beta"]]
-    lengths = sum(len(r.sample.tokens_T) for r in rewarded)
-    count, all_tokens, running = sft.over_ranks([len(rewarded), lengths, len(active)])
-    if not running:
+    tokens_here = sum(len(r.sample.tokens_T) for r in rewarded)
+    N, all_tokens, all_active = sft.over_ranks([len(rewarded), tokens_here, len(active)])
+    if not all_active:
         return {"tokens": 0}
     clip, beta, reference_A = (options["clip_low"], options["clip_high"]), options["beta"], None
     sums: Counter[str] = Counter()
     for packed, members in packs_of(active, options):
-        sizes = [len(r.sample.tokens_T) for r in members]
+        lengths = [len(r.sample.tokens_T) for r in members]
         new_A = sft.answer_logprobs(model, packed, options["temperature"])
         sampled_A = new_A.new_tensor([x for r in members for x in r.sample.logprobs_T])
         old_A = new_A.new_tensor([x for r in members for x in r.old_T])
         advantages_A = new_A.new_tensor([r.advantage for r in members for _ in r.old_T])
-        weights_A = new_A.new_tensor([1 / (size * count) for size in sizes for _ in range(size)])
+        weights_A = new_A.new_tensor([1 / (length * N) for length in lengths for _ in range(length)])
         if options["token_mean"]:
             weights_A = torch.full_like(new_A, 1 / all_tokens)
         if beta:  # the base model, where every policy starts
@@ -343,7 +345,7 @@ def keep_weights(options: Options, folder: Path, done: int, model: Any, optimize
         sft.save_state(folder, done, model, optimizer)
 
 
-def gather_records(batch: Sequence[Sequence[Group]], step: int) -> list[Row]:
+def gather_records(batch: Sequence[Minibatch], step: int) -> list[Row]:
     """The rollouts of all ranks, rank by rank and group by group, as records to be kept."""
     rank, ranks = sft.rank_and_size()
     records = []
@@ -366,8 +368,8 @@ def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) ->
     `logprob_gap` (mean |new - sampler's|, a token) and `ratio` (mean new/old) are of the first minibatch that
     ran, when trainer and sampler still have the same weights: 0 and 1, but for the two programs' rounding.
     """
-    size = options["group"]
-    groups = [records[i : i + size] for i in range(0, len(records), size)]
+    G = options["group"]
+    groups = [records[i : i + G] for i in range(0, len(records), G)]
     rewards = [[r["reward"] for r in group if r["reward"] is not None] for group in groups]
     spreads = [pstdev(group) if group else 0.0 for group in rewards]
     known = [reward for group in rewards for reward in group]
@@ -384,33 +386,45 @@ def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) ->
     }
     ran = [u for u in updates if u["tokens"]]
     for name in (*MEANS, "grad_norm"):
-        some = ran[:1] if name in ("logprob_gap", "ratio") else ran
-        metrics[name] = fmean(u[name] for u in some) if some else None
+        counted = ran[:1] if name in ("logprob_gap", "ratio") else ran
+        metrics[name] = fmean(u[name] for u in counted) if counted else None
     return metrics
 
 
 # --- The two tasks --------------------------------------------------------------------------------
 
 
+def rows_and_prompt(options: Options, run: Path) -> tuple[list[Row], Callable[[Row], list[int]]]:
+    """The rows to train on, and the function that makes a row's prompt: of a policy, or of a judge."""
+    tokenizer, judge_record = annotate.load_tokenizer(options["model"]), options["judge_record"]
+    if options["task"] == "policy":
+        rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
+        rows = [row for row in rows if row["split"] == "policy_train"]
+        return rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"])
+    rubrics = sft.read_rubrics(run) if judge_record.get("rubrics") else None
+
+    def prompt(row: Row) -> list[int]:
+        return sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge_record["reasoning"])
+
+    return sft.labelled(run, "judge_train", pairwise=judge_record.get("pairwise")), prompt
+
+
 def judge_task(options: Options, run: Path) -> Task:
     """A judge against gold labels: eq. 1, or eq. 3 for a pairwise one."""
-    tokenizer, judge = annotate.load_tokenizer(options["model"]), options["judge_record"]
-    rubrics, pairwise = sft.read_rubrics(run) if judge.get("rubrics") else None, judge.get("pairwise")
+    rows, prompt = rows_and_prompt(options, run)
+    reasoning, pairwise = (options["judge_record"].get(key) for key in ("reasoning", "pairwise"))
     labels = annotate.PAIRWISE_LABELS if pairwise else annotate.LABELS
     reward = pairwise_verifiable_reward if pairwise else verifiable_reward
 
-    def prompt(row: Row) -> list[int]:
-        return sft.judge_prompt(tokenizer, sft.row_messages(row, rubrics), judge["reasoning"])
-
     def rewards(row: Row, samples_G: Sequence[Any], pool: Executor) -> Rewards:
-        read_G = [read_score(s.text, judge["reasoning"], labels) if s.finished else None for s in samples_G]
+        read_G = [read_score(s.text, reasoning, labels) if s.finished else None for s in samples_G]
         causes_G = ["ill-formed" if label is None else None for label in read_G]
         gold = row["label"]
         notes_G = [{"label": x, "gold": gold, "cause": cause} for x, cause in zip(read_G, causes_G)]
         return [reward(label, gold) for label in read_G], notes_G
 
     start = run / options["start_adapter"] if options["start_adapter"] else None
-    return Task(sft.labelled(run, "judge_train", pairwise=pairwise), prompt, rewards, start)
+    return Task(rows, prompt, rewards, start)
 
 
 Ask = Callable[..., Row]  # (instruction, output, other=None) -> verdict
@@ -438,16 +452,16 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
     rollout meets only its `opponents` nearest neighbours in a circle. An invalid judgement counts for none.
     """
     texts_G = [sample.text.strip() for sample in samples_G]
-    group = len(texts_G)
-    reach = opponents // 2 if opponents else group
+    G = len(texts_G)
+    reach = opponents // 2 if opponents else G
     games = []
-    for a, b in itertools.combinations(range(group), 2):
-        distance_in_circle = min(b - a, group - (b - a))
+    for a, b in itertools.combinations(range(G), 2):
+        distance_in_circle = min(b - a, G - (b - a))
         if distance_in_circle <= reach:
             games.append(random.sample((a, b), 2))
     verdicts = list(pool.map(lambda game: ask(row["instruction"], texts_G[game[0]], texts_G[game[1]]), games))
-    points_G: list[list[float]] = [[] for _ in range(group)]
-    causes_G: list[str | None] = [None] * group
+    points_G: list[list[float]] = [[] for _ in range(G)]
+    causes_G: list[str | None] = [None] * G
     for (first, second), verdict in zip(games, verdicts):
         won = first_wins(verdict)
         if won is None:
@@ -462,15 +476,13 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
     return rewards_G, notes_G
 
 
-def policy_task(options: Options, run: Path, ask: Any) -> Task:
+def policy_task(options: Options, run: Path, ask: Ask) -> Task:
     """A policy against a frozen judge, asked by `ask`: its expected score, or eq. 4 for a pairwise judge."""
-    tokenizer = annotate.load_tokenizer(options["model"])
-    rows = annotate.read_jsonl(run / "annotations" / "instructions.jsonl", ["id", "split", "instruction"])
-    rows = [row for row in rows if row["split"] == "policy_train"]
+    rows, prompt = rows_and_prompt(options, run)
     rewards = partial(pointwise_rewards, ask)
     if (options["judge_record"] or {}).get("pairwise"):
         rewards = partial(pairwise_rewards, ask, options["opponents"])
-    return Task(rows, lambda row: annotate.policy_prompt(tokenizer, row["instruction"]), rewards)
+    return Task(rows, prompt, rewards)
 
 
 # --- Where everything runs: servers on their GPUs, ranks on theirs --------------------------------
@@ -478,12 +490,15 @@ def policy_task(options: Options, run: Path, ask: Any) -> Task:
 GOLD, TRUTH = "gold", "truth"  # in place of a judge: the controls
 
 
-def judge_to_please(options: Options, run: Path, address: Any) -> Ask:
-    """The judge of a policy, as a function; `address`: of the server that plays it, if we serve it."""
-    record = options["judge_record"]
-    if record:
-        endpoint, tokenizer = annotate.Endpoint(*address), annotate.load_tokenizer(record["model"])
-        return partial(sft.ask_judge, sft.served_judge(endpoint, tokenizer, "judge", record, run))
+def judge_to_please(options: Options, run: Path, judge_address: Any) -> Ask:
+    """The judge of a policy, as a function; `judge_address`: of the server that plays it, if we serve it."""
+    judge_record = options["judge_record"]
+    if judge_record:
+        endpoint, tokenizer = (
+            annotate.Endpoint(*judge_address),
+            annotate.load_tokenizer(judge_record["model"]),
+        )
+        return partial(sft.ask_judge, sft.served_judge(endpoint, tokenizer, "judge", judge_record, run))
     if options["judge"] == TRUTH:
         return lambda text, output: {"expected": annotate.truth(text, output)}
     gold, endpoint = annotate.read_options(run / "annotations"), None
@@ -492,43 +507,44 @@ def judge_to_please(options: Options, run: Path, address: Any) -> Ask:
     return partial(annotate.grade, gold, endpoint)
 
 
-def train_rank(options: Options, run: Path, folder: Path, ids: set[str], sampler: Any, judge: Any) -> None:
-    """Train on the rows `ids`, as one rank. `sampler`, `judge`: addresses of the servers."""
+def train_rank(
+    options: Options, run: Path, folder: Path, ids: set[str], sampler_address: Any, judge_address: Any
+) -> None:
+    """Train on the rows `ids`, as one rank."""
     if options["task"] == "judge":
         task = judge_task(options, run)
     else:
-        task = policy_task(options, run, judge_to_please(options, run, judge))
+        task = policy_task(options, run, judge_to_please(options, run, judge_address))
     task.rows = [row for row in task.rows if row["id"] in ids]
-    grpo(options, folder, annotate.Endpoint(*sampler), task)
+    grpo(options, folder, annotate.Endpoint(*sampler_address), task)
 
 
 def train(
-    options: Options, run: Path, folder: Path, record: Row, gpus: str, adapter: Path | None = None
+    options: Options, run: Path, folder: Path, record: Row, gpus: str, judge_adapter: Path | None = None
 ) -> None:
     """Start the servers, train on all ranks, and write `record` to say that it is done.
 
-    `gpus`: of the server that samples. `adapter`: that of the judge to please, where we serve it.
+    `gpus`: of the server that samples. `judge_adapter`: of the judge to please, where we serve it.
     """
-    # Whom to ask for rewards is known when the servers are up; the prompts are needed now.
-    task = judge_task(options, run) if options["task"] == "judge" else policy_task(options, run, None)
-    ids = {row["id"] for row in task.rows if len(task.prompt(row)) <= options["max_prompt"]}
+    rows, prompt = rows_and_prompt(options, run)
+    ids = {row["id"] for row in rows if len(prompt(row)) <= options["max_prompt"]}
     if not ids:
         fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
-    judge, judge_gpus, train_gpus = options["judge_record"], options["judge_gpus"], options["train_gpus"]
-    if adapter is None:  # a judge in training, or a control: there is no judge to serve
+    judge_record, judge_gpus, train_gpus = (options[k] for k in ("judge_record", "judge_gpus", "train_gpus"))
+    if judge_adapter is None:  # a judge in training, or a control: there is no judge to serve
         servers = [sft.serve_adapters([options], run, gpus, 1, [train_gpus])]
-    elif judge["model"] == options["model"]:  # one server plays both
-        gpus = ",".join(sorted({*gpus.split(","), *judge_gpus.split(",")}))
-        servers = [sft.serve_adapters([options, judge], run, gpus, 2, [train_gpus])]
+    elif judge_record["model"] == options["model"]:  # one server plays both
+        shared_gpus = ",".join(sorted({*gpus.split(","), *judge_gpus.split(",")}))
+        servers = [sft.serve_adapters([options, judge_record], run, shared_gpus, 2, [train_gpus])]
     else:
         servers = [sft.serve_adapters([options], run, gpus, 1, [train_gpus, judge_gpus])]
-        servers.append(sft.serve_adapters([judge], run, judge_gpus, 1, [train_gpus, gpus]))
+        servers.append(sft.serve_adapters([judge_record], run, judge_gpus, 1, [train_gpus, gpus]))
     with contextlib.ExitStack() as stack:
         endpoints = [stack.enter_context(server) for server in servers]
-        if adapter:
-            endpoints[-1].load_adapter("judge", adapter)
-        # A rank opens endpoints of its own, for those here do not pickle. 2: retries.
-        addresses = [(endpoint.url, endpoint.key, endpoint.model, 2) for endpoint in endpoints]
+        if judge_adapter:
+            endpoints[-1].load_adapter("judge", judge_adapter)
+        # The first server samples, the last judges. A rank opens endpoints of its own: these do not pickle.
+        addresses = [(endpoint.url, endpoint.key, endpoint.model, 2) for endpoint in endpoints]  # 2: retries
         sft.on_ranks(train_rank, train_gpus, options, run, folder, ids, addresses[0], addresses[-1])
     shutil.rmtree(folder / "served", ignore_errors=True)
     annotate.write_json(folder / f"{options['task']}.json", record)
@@ -568,8 +584,10 @@ PolicyRun = Annotated[Path, annotate.run_option(POLICY_PRESETS)]
 Start = StrEnum("Start", ["sft", "base"])
 Old = StrEnum("Old", ["sampler", "trainer"])
 
-Steps = Annotated[int, Option(min=1, help="Each of --minibatches updates. Paper: 100-200, 1200.")]
-Prompts = Annotated[int, Option(min=1, help="P, prompts of a step. Paper: batch 2048, 1024 (of what?).")]
+Steps = Annotated[
+    int, Option(min=1, help="Each of --minibatches updates. Paper: judge 100-200, policy 1200.")
+]
+Prompts = Annotated[int, Option(min=1, help="P of a step. Paper: batch 2048 (judge), 1024; unit not stated.")]
 GroupSize = Annotated[int, Option(min=2, help="G, rollouts of a prompt. Paper: 8.")]
 Minibatches = Annotated[int, Option(min=1, help="Optimiser steps of one batch. Paper: 4.")]
 Rate = Annotated[float, Option(min=0, max=1, help="Learning rate. Paper: 1e-6, full fine-tuning.")]
@@ -618,19 +636,21 @@ def train_judge(
     judge = judge.removesuffix("-sft")
     default = f"{judge}-base" if start == "base" else judge
     folder = run / "judges" / f"{name or default}-rl"
-    source, record = sft.find_judge(run, f"{judge}-sft")
-    adapter = f"judges/{source.name}/{record['adapter']}" if start == "sft" else ""  # wherever the run lies
-    options["max_tokens"] = record["max_thinking"]
-    options |= {key: record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
-    options |= {"task": "judge", "judge_record": record, "start_adapter": adapter}
+    source, judge_record = sft.find_judge(run, f"{judge}-sft")
+    start_adapter = f"judges/{source.name}/{judge_record['adapter']}"  # relative: a run may be moved
+    if start == "base":
+        start_adapter = ""
+    options["max_tokens"] = judge_record["max_thinking"]
+    options |= {key: judge_record[key] for key in ("model", "lora_rank", "lora_modules", "max_prompt")}
+    options |= {"task": "judge", "judge_record": judge_record, "start_adapter": start_adapter}
     options["beta"] = 0.0
     room = options["max_prompt"] + options["max_tokens"]
     sft.check_context(options["model"], room, "--max-prompt and --max-thinking of stage 2")
     annotate.record_config(folder, options)
     if not (folder / "judge.json").exists():
-        before = source.name if adapter else ""  # stage 4 compares agreement before and after
-        trained = {**record, "adapter": f"checkpoints/step-{steps:06d}", "before": before}
-        train(options, run, folder, trained, judge_gpus)
+        before = source.name if start_adapter else ""  # stage 4 compares agreement before and after
+        record = {**judge_record, "adapter": f"checkpoints/step-{steps:06d}", "before": before}
+        train(options, run, folder, record, judge_gpus)
     report(folder)
 
 
@@ -670,11 +690,11 @@ def train_policy(
     options = dict(locals())  # the options by their names: nothing else has a value yet
     del options["run"]
     folder = run / "policies" / (name or judge)
-    adapter, gold = None, annotate.read_options(run / "annotations")
+    judge_adapter, gold = None, annotate.read_options(run / "annotations")
     options |= {"task": "policy", "judge_record": None, "lora_modules": sft.modules_of(gold["preset"])}
     if judge not in (GOLD, TRUTH):
         source, options["judge_record"] = sft.find_judge(run, judge)
-        options["judge"], adapter = source.name, source / options["judge_record"]["adapter"]
+        options["judge"], judge_adapter = source.name, source / options["judge_record"]["adapter"]
     elif gold["gold"] != "oracle" and (judge == TRUTH or not gold["gold_url"]):
         fail(f"--judge {judge}: truth is the laptop's; a chat gold must be served already (01 --gold-url).")
     if opponents % 2:
@@ -683,7 +703,7 @@ def train_policy(
     annotate.record_config(folder, options)
     if not (folder / "policy.json").exists():
         record = {key: value for key, value in options.items() if key != "judge_record"}
-        train(options, run, folder, record, policy_gpus, adapter)
+        train(options, run, folder, record, policy_gpus, judge_adapter)
     report(folder)
 
 

@@ -42,15 +42,15 @@ MUTATIONS = [
     ("03", "clamp(1 - low, 1 + high)", "clamp(1 - high, 1 + low)", "clip bounds swapped"),
     ("03", "advantages_A).minimum(", "advantages_A).maximum(", "the larger of both"),
     ("03", "exp() - difference - 1)\n    ret", "exp() + difference - 1)\n    ret", "sign in the KL term"),
-    ("03", "1 / (size * count)", "1 / (size * len(members))", "normaliser of the micro-batch"),
+    ("03", "1 / (length * N)", "1 / (length * len(members))", "normaliser of the micro-batch"),
     ("03", "index in packed.members]", "index in packed.members[::-1]]", "permuted"),
-    ("03", "lengths, len(active)])", "lengths, 1]) and (len(rewarded), lengths, 1)", "norm of the rank"),
-    ("03", "for size in sizes for _", "for size in sizes[::-1] for _", "weights mixed up"),
+    ("03", "tokens_here, len(active)])", "tokens_here, 1]) and (len(rewarded), tokens_here, 1)", "rank's norm"),
+    ("03", "for length in lengths for _", "for length in lengths[::-1] for _", "weights mixed up"),
     ("03", "for r in members for x in r.old_T", "for r in members for x in r.sample.logprobs_T", "whose old"),
-    ("03", "        adapter = publish(", "        publish(", "stale adapter"),
+    ("03", "        adapter_name = publish(", "        publish(", "stale adapter"),
     ("03", "append(1 - won)", "append(won)", "eq. 4: both of a pair win"),
     ("03", "0.5 if chance == 0.5 else ", "", "eq. 4: ties go to the second"),
-    ("03", "rows_P[i : i + size][rank::ranks]", "rows_P[rank::ranks][i : i + size]", "ranks disagree"),
+    ("03", "[i : i + prompts_each][rank::ranks]", "[rank::ranks][i : i + prompts_each]", "shares"),
 ]  # fmt: skip
 
 TESTS = {"01": ["annotate"], "02": ["frozen", "train_judge"], "03": ["frozen", "rl"]}

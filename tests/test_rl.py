@@ -421,7 +421,7 @@ def test_servers_and_ranks_share_the_memory(tmp_path: Path, gpus: str, monkeypat
     monkeypatch.setattr(annotate, "serve", serve)
     monkeypatch.setattr(annotate, "context_length", lambda _: 99)
     monkeypatch.setattr(sft, "on_ranks", lambda *_: None)
-    monkeypatch.setattr(rl, "policy_task", lambda *_: rl.Task([{"id": "a"}], lambda row: [1], None))
+    monkeypatch.setattr(rl, "rows_and_prompt", lambda *_: ([{"id": "a"}], lambda row: [1]))
     options = dict(zip(("policy_gpus", "judge_gpus", "train_gpus"), gpus.split()))
     options |= {"task": "policy", "model": "m", "max_prompt": 9, "lora_rank": 8, "lora_modules": ["q_proj"]}
     options["judge_record"] = {**options, "model": "m" if "same" in gpus else "other"}
