@@ -410,7 +410,7 @@ def judge_row(ask: Callable[..., annotate.Verdict], row: Row) -> annotate.Verdic
 class JudgeRecord(TypedDict, total=False):
     """A finished judge, as judge.json describes it to later stages."""
 
-    adapter: Any  # its folder, seen from the judge's; in stage 4 the whole path, or None for a base model
+    adapter: Any  # its folder, beside judge.json; 04 puts the whole path here, None for a base model
     model: str  # the base model
     reasoning: bool  # it thinks before it gives a label
     lora_rank: int

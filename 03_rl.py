@@ -494,10 +494,8 @@ def judge_to_please(options: Options, run: Path, judge_address: Any) -> Ask:
     """The judge of a policy, as a function; `judge_address`: of the server that plays it, if we serve it."""
     judge_record = options["judge_record"]
     if judge_record:
-        endpoint, tokenizer = (
-            annotate.Endpoint(*judge_address),
-            annotate.load_tokenizer(judge_record["model"]),
-        )
+        endpoint = annotate.Endpoint(*judge_address)
+        tokenizer = annotate.load_tokenizer(judge_record["model"])
         return partial(sft.ask_judge, sft.served_judge(endpoint, tokenizer, "judge", judge_record, run))
     if options["judge"] == TRUTH:
         return lambda text, output: {"expected": annotate.truth(text, output)}
@@ -530,7 +528,8 @@ def train(
     ids = {row["id"] for row in rows if len(prompt(row)) <= options["max_prompt"]}
     if not ids:
         fail(f"{run}/annotations: no prompt of at most {options['max_prompt']} tokens to train on.")
-    judge_record, judge_gpus, train_gpus = (options[k] for k in ("judge_record", "judge_gpus", "train_gpus"))
+    judge_gpus, train_gpus = options["judge_gpus"], options["train_gpus"]
+    judge_record = options["judge_record"]
     if judge_adapter is None:  # a judge in training, or a control: there is no judge to serve
         servers = [sft.serve_adapters([options], run, gpus, 1, [train_gpus])]
     elif judge_record["model"] == options["model"]:  # one server plays both
@@ -584,10 +583,8 @@ PolicyRun = Annotated[Path, annotate.run_option(POLICY_PRESETS)]
 Start = StrEnum("Start", ["sft", "base"])
 Old = StrEnum("Old", ["sampler", "trainer"])
 
-Steps = Annotated[
-    int, Option(min=1, help="Each of --minibatches updates. Paper: judge 100-200, policy 1200.")
-]
-Prompts = Annotated[int, Option(min=1, help="P of a step. Paper: batch 2048 (judge), 1024; unit not stated.")]
+Steps = Annotated[int, Option(min=1, help="Of --minibatches updates. Paper: judge 100-200, policy 1200.")]
+Prompts = Annotated[int, Option(min=1, help="P of a step. Paper: batch 2048 judge, 1024 policy; no unit.")]
 GroupSize = Annotated[int, Option(min=2, help="G, rollouts of a prompt. Paper: 8.")]
 Minibatches = Annotated[int, Option(min=1, help="Optimiser steps of one batch. Paper: 4.")]
 Rate = Annotated[float, Option(min=0, max=1, help="Learning rate. Paper: 1e-6, full fine-tuning.")]

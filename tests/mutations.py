@@ -44,7 +44,7 @@ MUTATIONS = [
     ("03", "exp() - difference - 1)\n    ret", "exp() + difference - 1)\n    ret", "sign in the KL term"),
     ("03", "1 / (length * N)", "1 / (length * len(members))", "normaliser of the micro-batch"),
     ("03", "index in packed.members]", "index in packed.members[::-1]]", "permuted"),
-    ("03", "tokens_here, len(active)])", "tokens_here, 1]) and (len(rewarded), tokens_here, 1)", "by rank"),
+    ("03", "len(active)])", "1]) and (len(rewarded), tokens_here, 1)", "rank's norm"),
     ("03", "for length in lengths for _", "for length in lengths[::-1] for _", "weights mixed up"),
     ("03", "for r in members for x in r.old_T", "for r in members for x in r.sample.logprobs_T", "whose old"),
     ("03", "        adapter_name = publish(", "        publish(", "stale adapter"),
