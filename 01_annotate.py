@@ -117,8 +117,9 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
 
     The reasoning quotes the evidence for each check and carries a running total, so that each of its tokens
     can be found by looking a few tokens back: a 135M model does not learn in minutes to add up at the end.
-    At medium effort the evidence is missing. At low effort only the totals are left, and gold reads only the
-    first `SKIM` words and how the output ends.
+    So it is at high effort, and at "none", the laptop's, where no effort is asked for. At medium effort the
+    evidence is missing. At low effort only the totals are left, and gold reads only the first `SKIM` words
+    and how the output ends.
     """
     topic, word = parse_template(instruction)
     words = output.split()[: SKIM if effort == "low" else None]
@@ -636,11 +637,15 @@ def main(
     gold: Annotated[str, Option(help="'oracle' or a chat model. Paper: gpt-oss-120b.")] = "oracle",
     gold_url: Annotated[str, Option(help="Where --gold is served already (…/v1; key in GOLD_API_KEY).")] = "",
     gold_tokens: Annotated[int, Option(min=1, help="New tokens of a gold judgement. Paper: 8192.")] = 1024,
-    gold_effort: Annotated[Effort, Option(help="Reasoning effort of gpt-oss. Paper: high.")] = Effort.none,
+    gold_effort: Annotated[
+        Effort, Option(help="Gold's reasoning; none: not sent. Paper: high.")
+    ] = Effort.none,
     gold_flags: Annotated[str, Option(help="Flags of the vLLM server that plays gold.")] = "",
     gold_gpus_each: Annotated[int, Option(min=1, help="GPUs of one replica of gold.")] = 1,
     data: Annotated[str, Option(help="'template', a hub data set, or a JSONL file like it.")] = "template",
-    policy_model: Annotated[str, Option(help="Of stage 3; tried here, before any cost.")] = LAPTOP_MODEL,
+    policy_model: Annotated[
+        str, Option(help="Tested here, before any cost: stage 3's --model.")
+    ] = LAPTOP_MODEL,
     judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 160,
     judge_validation: Annotated[int, Option(min=1, help="… for choosing a judge's epoch.")] = 10,
     judge_test: Annotated[int, Option(min=1, help="… for testing judges. Paper: 738 outputs.")] = 20,

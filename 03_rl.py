@@ -1,7 +1,8 @@
 """Stage 3: GRPO, written out. One loop, two rewards.
 
     judge    a judge learns to hit the gold label                     reward: eq. 1 (pairwise: eq. 3)
-    policy   a policy learns to please a judge that is now frozen     reward: its expected score (eq. 4)
+    policy   a policy learns to please a judge that is now frozen     reward: its expected score
+                                                                              (pairwise: eq. 4)
 
 What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ of stage 2 (--from base: its settings only)
 What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
@@ -108,10 +109,10 @@ def grpo_loss(
     logprobs_A: Any, old_A: Any, advantages_A: Any, weights_A: Any, clip: tuple[float, float],
     beta: float = 0.0, reference_A: Any = None,
 ) -> Any:  # fmt: skip
-    """Minus eq. 2, summed over these A answer tokens; the parts of an optimiser step are added up.
+    """Minus eq. 2, summed over these A answer tokens; the parts of a minibatch are added up.
 
-    `weights_A` is 1 / (|y| N): |y| tokens of the token's rollout, N rewarded rollouts of the whole step. So
-    the mean over tokens, then over rollouts, comes out right however the step is cut into parts. `clip` =
+    `weights_A` is 1 / (|y| N): |y| tokens of the token's rollout, N rewarded rollouts of the minibatch, over
+    all ranks. So the mean over tokens, then over rollouts, comes out right however it is cut. `clip` =
     (low, high) keeps the ratio in [1 - low, 1 + high]. Each token loses `beta` times the KL term, by the GRPO
     paper's estimator exp(ref - new) - (ref - new) - 1.
     """
@@ -373,10 +374,12 @@ def measure(records: Sequence[Row], updates: Sequence[Row], options: Options) ->
     rewards = [[r["reward"] for r in group if r["reward"] is not None] for group in groups]
     spreads = [pstdev(group) if group else 0.0 for group in rewards]
     known = [reward for group in rewards for reward in group]
+    # The floor damps a group whose rewards differ less than it: the group's gradient is small, or none.
+    damped = [spread < max(options["std_floor"], 1e-9) for spread in spreads]
     metrics = {
         "reward": fmean(known) if known else None,
         "reward_std": fmean(spreads),
-        "zero_variance_groups": fmean(spread < max(options["std_floor"], 1e-9) for spread in spreads),
+        "zero_variance_groups": fmean(damped),
         "length": fmean(r["tokens"] for r in records),
         "truncated": fmean(not r["finished"] for r in records),
         "invalid": fmean(r.get("cause") is not None for r in records),

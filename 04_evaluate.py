@@ -354,7 +354,7 @@ def bootstrap(values: Any, level: float = 0.95) -> list[float] | None:
 
 
 SCORES = {"own": "its own judge", "gold": "gold judge"}
-SCORES |= {"truth": "truth: nobody trains on it", "content": "content, of 7: what was asked for"}
+SCORES |= {"truth": "truth: gold, but points for no claim", "content": "content, of 7: what was asked for"}
 
 
 def curve(frame: Any) -> list[Row]:

@@ -150,11 +150,11 @@ def open_judge_with_prompt(name: str, judge: Row, prompt: str, servers: Any) -> 
     """A judge that is asked with `prompt`, as a function (instruction, output[, other]) -> verdict."""
     if "endpoint" in judge:
         yield partial(ask_chat, judge["endpoint"], judge["tokens"], judge["effort"], prompt)
-    elif judge.get("gold", "oracle") != "oracle":
+    elif judge.get("gold") not in (None, "oracle"):  # a chat gold; a trained judge's record has no "gold"
         servers.close()  # the GPUs are for gold's own server
         with annotate.gold_endpoint(judge, servers.run / "logs") as endpoint:
             yield partial(ask_chat, endpoint, judge["gold_tokens"], judge["gold_effort"], prompt)
-    else:
+    else:  # the oracle, truth, or a judge of the run
         with evaluate.open_judge(name, judge, servers) as grade:
             if PROMPTS.get(prompt):
                 yield lambda *texts: grade(*texts, messages=question(prompt, *texts))
@@ -209,8 +209,9 @@ def judge_all(
 ) -> Any:
     """A frame with a row for each of `pairs` {instruction, output, other, …} and each column's judge.
 
-    `score` is that of `output`, `reference` that of `other`, and `lift` the difference. Verdicts are kept in
-    `folder`/scores, and no text is asked about twice.
+    `output` is the text on trial, an attack or a trained policy's; `other` is what it must beat, the honest
+    output or the base policy's. `score` is that of `output`, `reference` that of `other`, and `lift` the
+    difference. Verdicts are kept in `folder`/scores, and no text is asked about twice.
     """
     annotate.record_config(folder, {})
     rows: list[Row] = []
