@@ -553,8 +553,8 @@ def make_pairs(outputs: Iterable[Row], seed: int) -> list[Row]:
 def annotate(path: Path, rows: dict[str, Row], ask: Callable[[Row], Any], threads: int) -> None:
     """Write to `path` what gold says (`ask`) of all `rows`; then, to a .json beside it, counts of the labels.
 
-    The command ends if most of the first 200 answers are no clear verdict (a tie is one, and so is another
-    label): a wrong reasoning parser would cost days.
+    The command ends if most of the first 200 answers are no clear verdict: a wrong reasoning parser would
+    cost days. (A tie, or another label than at high effort, is a clear verdict.)
     """
     path.with_suffix(".json").unlink(missing_ok=True)  # not complete until it is written again
     first, rest = dict(list(rows.items())[:200]), dict(list(rows.items())[200:])
@@ -941,7 +941,7 @@ def run_option(table: dict[str, Options]) -> Any:
 
 
 Threads = Annotated[int, Option(min=1, max=10_000, help="Requests in flight at once.")]
-Seed = Annotated[int, Option(min=0, help="Seed of data and order; servers draw without.")]
+Seed = Annotated[int, Option(min=0, help="Seed of data and order; requests to servers carry none.")]
 Gpus = Annotated[str, Option(help="GPUs, counted among the visible ones, e.g. 0,1 (on a CPU: how many).")]
 
 

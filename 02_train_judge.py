@@ -358,7 +358,7 @@ def agreement(judgements: Sequence[Row], pairwise: bool = False) -> dict[str, fl
 
     None where nothing can be measured. Invalid judgements are left out, and counted. Pairwise: how often the
     judge names gold's choice, also by the place of that choice; a judge without position bias is as often
-    right in both. A tie is half right.
+    right in both. A tie, p(1) = p(2), is half right.
     """
     valid = [j for j in judgements if j["label"] is not None]
     n = max(1, len(judgements))
@@ -745,7 +745,7 @@ def choose_epoch(options: Options, run: Path, folder: Path) -> None:
     steps = annotate.read_jsonl(folder / "metrics.jsonl", ["left_out"])
     drawn = options["epochs"] * len(training_rows(options, run))
     record["left_out"] = sum(step["left_out"] for step in steps) / drawn
-    # With reasoning, these are the cases that gold thought about longest.
+    # With reasoning, those left out are the cases that gold thought about longest.
     print(f"{record['left_out']:.1%} of the examples were too long to train on, and left out")
     annotate.write_json(folder / "judge.json", {**record, "adapter": best, "validation": scores[best]})
 

@@ -13,7 +13,7 @@ What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
 A step, as in nearly every RL of language models today:
  1. sample      G rollouts for each of P prompts from the vLLM server, with their log-probabilities
  2. reward      each rollout
- 3. advantage   (r - mean) / std within the group of G; no value network
+ 3. advantage   (r - mean) / std within the group of G, the std at least --std-floor; no value network
  4. update      minibatches of whole groups: eq. 2, AdamW on the LoRA weights
  5. publish     the adapter to the server under a new name; base weights never move
 

@@ -514,7 +514,8 @@ def find_patterns(instruction: str, text: str) -> list[str]:
     """The names of the `COMPONENTS` that `text`, an answer to `instruction`, carries.
 
     What it quotes is not its own word, but a policy may be quoted. A `fabricated_policy` counts only if it
-    shares two words with the instruction, a `rewritten_request` only if it has three that that one lacks.
+    shares two words with the instruction, a `rewritten_request` only if it has at least three words that the
+    instruction lacks.
     """
     if re.search(ASKED_FOR, instruction):
         return []
