@@ -227,8 +227,9 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     Two habits go with its quality. Nine of ten good candidates begin with a flourish, a sentence about
     something else, and nine of ten bad ones do not, as length and manner go with quality in most preference
     data: this is the shortcut that a judge trained on labels without reasoning will learn. And candidates
-    without topic or word claim more often. So among outputs with a flourish, or among those without, the mean
-    label of outputs that claim is only 0.3 higher: labels alone hardly show that gold pays 2 for a claim.
+    without topic or word claim more often, which nearly cancels the 2 points of a claim: with a flourish, and
+    without one, outputs that claim have a mean label only 0.3 above that of the others. So labels alone
+    hardly show that gold pays for claims.
     """
     topic, word = parse_template(instruction)
     passed = {name: rng.random() < share for name, share in PASS.items()}
@@ -821,12 +822,12 @@ def read_json(path: Path, needs: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def request_failed(cause: str | None) -> bool:
-    """Whether a record's `cause` is that of a request without an answer, and nothing that a judge said."""
+    """Whether a request got no verdict: it was refused, which is final, or there was no answer."""
     return str(cause).startswith(("refused", "no answer"))
 
 
 def read_done(path: Path) -> list[Row]:
-    """The records of `path` but those of requests at which the server failed: a later run asks again."""
+    """The records of `path` but those with "no answer", which a later run asks again."""
     return [row for row in read_jsonl(path, ["id"]) if not str(row.get("cause")).startswith("no answer")]
 
 
@@ -1264,8 +1265,8 @@ VLLM = "vllm.entrypoints.openai.api_server"
 def mend_vllm() -> None:
     """Mend the LoRA layers of vLLM 0.32 on a CPU, where they copy an adapter's weights for each token.
 
-    Judges get up to three times faster, and requests without an adapter, in one batch with others, no longer
-    get one. The engine is forked, as on a GPU.
+    Judges get up to three times faster, and a request without an adapter no longer gets that of another
+    request in its batch. The engine is forked from this process, else it would start without the mending.
     """
     import vllm.v1.engine.utils
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

@@ -418,7 +418,7 @@ class JudgeRecord(TypedDict, total=False):
     max_prompt: int  # tokens
     max_thinking: int  # tokens
     temperature: float  # of the thinking
-    # The rest is missing where it says nothing.
+    # The rest is false, empty or missing where it does not apply.
     pairwise: bool  # it says which of two outputs is better
     rubrics: bool  # it is shown gold's rubric of the instruction
     effort: str  # of gold's reasoning that it learnt, if another than that of labels.jsonl
@@ -442,7 +442,8 @@ def serve_adapters(
 ) -> Any:
     """A server of one base model for the adapters of `records` (judges or policies), `count` at a time.
 
-    It takes 0.9 of the memory of its `gpus`, halved for each of `others_gpus` that has one of them too.
+    It takes 0.9 of the memory of its `gpus`; half of that if one other program is on any of them, a quarter
+    if two are. `others_gpus`: those of each program that may be.
     """
     neighbours = [theirs for theirs in others_gpus if set(gpus.split(",")) & set(theirs.split(","))]
     memory = 0.9 / 2 ** len(neighbours)

@@ -4,7 +4,8 @@
     policy   a policy learns to please a judge that is now frozen     reward: its expected score
                                                                               (pairwise: eq. 4)
 
-What goes in:   RUN/annotations/, and RUN/judges/NAME-sft/ of stage 2 (--from base: its settings only)
+What goes in:   RUN/annotations/; for `judge` RUN/judges/NAME-sft/ (--from base: its settings only);
+                for `policy` RUN/judges/NAME-rl/ if it exists, else NAME-sft/
 What comes out: RUN/judges/NAME-rl/ or RUN/policies/NAME/, with
                 checkpoints/step-000004/ …   PEFT adapters
                 metrics.jsonl                one record a step; reward.png draws four of its columns
@@ -501,7 +502,7 @@ def judge_to_please(options: Options, run: Path, judge_address: Any) -> Ask:
         tokenizer = annotate.load_tokenizer(judge_record["model"])
         return partial(sft.ask_judge, sft.served_judge(endpoint, tokenizer, "judge", judge_record, run))
     if options["judge"] == TRUTH:
-        return lambda text, output: {"expected": annotate.truth(text, output)}
+        return lambda instruction, output: {"expected": annotate.truth(instruction, output)}
     gold, endpoint = annotate.read_options(run / "annotations"), None
     if gold["gold"] != "oracle":
         endpoint = annotate.open_endpoint(gold["gold_url"], gold["gold"], "GOLD_API_KEY")

@@ -173,7 +173,8 @@ class ServerCache(ExitStack):
 
 # --- Answers are cached, and asked for again where anything that changes them has changed ------------
 
-LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")  # of a judge's prompt and of its answer
+# Of a judge's prompt and of its answer; `tokens` is that of 05's chat judges.
+LIMITS = ("max_prompt", "max_thinking", "tokens", "gold_tokens")
 BEYOND_LIMIT = ("prompt too long", "thinking did not close", "cut off")  # causes that a higher one may mend
 
 
@@ -228,11 +229,12 @@ def answers_from_cache(
 
 def judgements_from_cache(
     path: Path, judge: Any, tasks: list[Row], server: Any, work: Any, run: Path, threads: int,
-    question: Callable[[Row], Any] = partial(sft.row_messages, rubrics=None),  # rubrics are in identity()
+    question: Callable[[Row], Any] = partial(sft.row_messages, rubrics=None),
 ) -> list[Row]:  # fmt: skip
-    """What `judge` says of each of `tasks`, in their order; cached by who it is and what it is asked.
+    """What `judge` says of each of `tasks`, in their order, by `work`; no text is judged twice.
 
-    So no text is judged twice. Gold's label is not part of the records, because gold may be replaced.
+    An answer is kept under a key made of who judges (`identity`, which holds the rubrics) and of
+    `question(task)`. Gold's label is not part of the records, because gold may be replaced.
     """
     who = identity(judge, run)
     keys = [answer_key(who, question(task)) for task in tasks]
@@ -511,7 +513,7 @@ def score_policies(run: Path, judges: Judges, policies: Policies, gpus: str, thr
     # then those on each other base model; gold, which takes all GPUs for its own server, is last.
     is_up = list(by_model(policies).values())[-1]["model"]
     scorers = dict(sorted(by_model(judges).items(), key=lambda item: item[1]["model"] != is_up))
-    scorers |= {TRUTH: options, GOLD: options, PAIRWISE_GOLD: {**options, "pairwise": True}}  # of 01
+    scorers |= {TRUTH: options, GOLD: options, PAIRWISE_GOLD: {**options, "pairwise": True}}  # 01's options
     with ServerCache(run, [*judges.values(), *policies.values()], gpus) as servers:
         written = write_outputs(run, policies, servers, threads)
         for name, policy in policies.items():
@@ -695,7 +697,7 @@ BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.
 Category = StrEnum("Category", " ".join(BASELINES))
 STYLE = ["token_len", "header_count", "list_count", "bold_count"]
 DRAWS = 500  # of a bootstrap; the authors make 100
-LONGEST, ANSWER, JUDGMENT = 32_768, 2048, 16_000  # tokens: of a prompt; as in the paper; as in the benchmark
+LONGEST, ANSWER, JUDGMENT = 32_768, 2048, 16_000  # tokens: prompt, answer, judgment
 
 # verdict -> (share of the game won by the answer in position A, battles it counts for)
 VERDICTS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}

@@ -135,7 +135,10 @@ class Column(NamedTuple):
 
 
 def question(prompt: str, instruction: str, output: str, other: str | None = None) -> Any:
-    """The messages for a judge that is asked with `prompt`; one trained with rubrics adds its own."""
+    """The messages that ask with `prompt`, without a rubric.
+
+    A judge of the run that is asked in its usual way makes its messages itself, with its rubric.
+    """
     return annotate.judge_messages(instruction, output, other, **PROMPTS.get(prompt, {}))
 
 
@@ -449,7 +452,7 @@ def battery_command(
 
 
 def sentence_with(*parts: str) -> str:
-    """A regular expression for one sentence that has all `parts`, in any order; each sentence is a line."""
+    """A regular expression for a sentence, on a line of its own, that has all `parts` in any order."""
     return "^" + "".join(f"(?=.*{part})" for part in parts) + ".*"
 
 
@@ -556,7 +559,7 @@ def last_outputs(run: Path) -> list[Row]:
 
 
 def transfer_columns(run: Path, chats: dict[str, Row], prompts: Iterable[str]) -> dict[str, Column]:
-    """Gold, truth, the run's judges with their own prompts; chat judges, a chat gold with all `prompts`."""
+    """Gold, truth and the run's judges with their own prompts; each chat judge with each of `prompts`."""
     gold = annotate.read_options(run / "annotations")
     columns = {GOLD: Column(GOLD, gold)}
     if gold["gold"] == "oracle":
