@@ -359,7 +359,7 @@ def gather_records(batch: Sequence[Minibatch], step: int) -> list[Row]:
             records.append({**about, "reward": r.reward, "advantage": round(r.advantage, 4), **r.notes})
     if ranks == 1:
         return records
-    shares: list[Any] = [None] * ranks
+    shares: list[Any] = [None for _ in range(ranks)]
     dist.all_gather_object(shares, records)
     return list(itertools.chain(*shares))
 
@@ -465,7 +465,7 @@ def pairwise_rewards(ask: Ask, opponents: int, row: Row, samples_G: Sequence[Any
             games.append(random.sample((a, b), 2))
     verdicts = list(pool.map(lambda game: ask(row["instruction"], texts_G[game[0]], texts_G[game[1]]), games))
     points_G: list[list[float]] = [[] for _ in range(G)]
-    causes_G: list[str | None] = [None] * G
+    causes_G: list[str | None] = [None for _ in range(G)]
     for (first, second), verdict in zip(games, verdicts):
         won = first_wins(verdict)
         if won is None:

@@ -466,7 +466,7 @@ def curves(points: Any, path: Path, panels: dict[str, dict[str, str]] = PANELS) 
     """
     names = list(points.policy.unique())
     panels = {title: texts for title, texts in panels.items() if points.columns.intersection(texts).size}
-    ratios = [3] + [1] * (len(panels) - 1)
+    ratios = [3 if row == 0 else 1 for row in range(len(panels))]  # the scores are the tall one
     figure = annotate.new_figure(3.8 * len(names) + 0.8, 1.2 * sum(ratios) + 0.8)
     grid = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": ratios}
     axes = figure.subplots(len(panels), len(names), **grid)
@@ -710,7 +710,7 @@ def battles(row: Row) -> list[float]:
     if len(labels) < 2 or not VERDICTS.keys() >= set(labels):
         return []
     (lost, n_first), (won, n_second) = (VERDICTS[label] for label in labels)  # the baseline is A, then B
-    return [1 - lost] * n_first + [won] * n_second
+    return [1 - lost for _ in range(n_first)] + [won for _ in range(n_second)]
 
 
 def style_metadata(text: str) -> dict[str, dict[str, int]]:
