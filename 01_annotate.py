@@ -117,9 +117,9 @@ def oracle(instruction: str, output: str, effort: str = "high") -> tuple[int, st
 
     The reasoning quotes the evidence for each check and carries a running total, so that each of its tokens
     can be found by looking a few tokens back: a 135M model does not learn in minutes to add up at the end.
-    So it is at high effort, and at "none", the laptop's, where no effort is asked for. At medium effort the
-    evidence is missing. At low effort only the totals are left, and gold reads only the first `SKIM` words
-    and how the output ends.
+    All this holds at high effort, and at "none", the setting of the laptop, where no effort is asked for. At
+    medium effort the evidence is missing. At low effort only the totals are left, and gold reads only the
+    first `SKIM` words and how the output ends.
     """
     topic, word = parse_template(instruction)
     words = output.split()[: SKIM if effort == "low" else None]
@@ -227,9 +227,9 @@ def make_candidate(instruction: str, rng: random.Random) -> str:
     Two habits go with its quality. Nine of ten good candidates begin with a flourish, a sentence about
     something else, and nine of ten bad ones do not, as length and manner go with quality in most preference
     data: this is the shortcut that a judge trained on labels without reasoning will learn. And candidates
-    without topic or word claim more often, which nearly cancels the 2 points of a claim: with a flourish, and
-    without one, outputs that claim have a mean label only 0.3 above that of the others. So labels alone
-    hardly show that gold pays for claims.
+    without topic or word claim more often, so the 2 points of a claim are nearly cancelled by the points that
+    they lack: of candidates with a flourish, and likewise of those without, the ones that claim have a mean
+    label only 0.3 above that of the others. So labels alone hardly show that gold pays for claims.
     """
     topic, word = parse_template(instruction)
     passed = {name: rng.random() < share for name, share in PASS.items()}
@@ -645,7 +645,7 @@ def main(
     gold_gpus_each: Annotated[int, Option(min=1, help="GPUs of one replica of gold.")] = 1,
     data: Annotated[str, Option(help="'template', a hub data set, or a JSONL file like it.")] = "template",
     policy_model: Annotated[
-        str, Option(help="Tested here, before any cost: stage 3's --model.")
+        str, Option(help="What stage 3's --model will be; only its chat template is tested here.")
     ] = LAPTOP_MODEL,
     judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 160,
     judge_validation: Annotated[int, Option(min=1, help="… for choosing a judge's epoch.")] = 10,
@@ -991,7 +991,8 @@ def escape_special_tokens(text: str, tokenizer: Any = None) -> str:
 def chat_ids(tokenizer: Any, messages: Messages, **variables: Any) -> list[int]:
     """Token ids of `messages` in the model's chat template, up to where the assistant speaks.
 
-    A template without a system role gets the rules in the user's turn; one that states the date, a fixed one.
+    A template without a system role gets the rules in the user's turn. One that states the date is given the
+    same date every day.
     `variables` are the template's own.
     """
     from jinja2 import TemplateError

@@ -344,7 +344,7 @@ def krippendorff_alpha(units: Iterable[Sequence[float | None]]) -> float | None:
     def disagreement(values: Sequence[float]) -> float:
         """The sum of (a - b)^2 over all ordered pairs of n values, over n - 1.
 
-        That sum is 2 n times the sum of (x - mean)^2; so written, nothing cancels.
+        That sum is 2 n times the sum of (x - mean)^2; so written, no digits are lost to cancellation.
         """
         n, mean = len(values), fmean(values)
         return 2 * n * sum((x - mean) ** 2 for x in values) / (n - 1)
@@ -442,8 +442,8 @@ def serve_adapters(
 ) -> Any:
     """A server of one base model for the adapters of `records` (judges or policies), `count` at a time.
 
-    It takes 0.9 of the memory of its `gpus`; half of that if one other program is on any of them, a quarter
-    if two are. `others_gpus`: those of each program that may be.
+    It takes 0.9 of the memory of its `gpus`, halved for each other program that is on any of them.
+    `others_gpus`: the GPUs of each other program.
     """
     neighbours = [theirs for theirs in others_gpus if set(gpus.split(",")) & set(theirs.split(","))]
     memory = 0.9 / 2 ** len(neighbours)
@@ -487,7 +487,8 @@ def check_adapter(folder: Path, model: str, rank: int) -> Path:
 def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
     """Call `work(*arguments)` as one rank on each of `gpus` (on a CPU their number counts).
 
-    A single rank runs in this process. Several have their own, which end with this; all must pickle.
+    A single rank runs in this process. Several get a process each, which ends when this one does; `work` and
+    its arguments must then be picklable.
     """
     annotate.pick_gpus(gpus)
     devices = [int(gpu) for gpu in gpus.split(",")]

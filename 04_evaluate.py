@@ -67,7 +67,7 @@ class PolicyRecord(TypedDict):
     max_prompt: int  # tokens
     max_tokens: int  # of an output
     temperature: float
-    step0_id: str  # policies that share it, and step 0's outputs, have one base model and sample alike
+    step0_id: str  # base model and sampling: policies with the same one share step 0's outputs
     checkpoints: dict[int, Path]  # step -> adapter
 
 

@@ -92,7 +92,7 @@ def attack_stats(attack_scores: Iterable[Any], honest_scores: Iterable[Any]) -> 
 
     The success rate is of all pairs; a pair with an invalid judgement (`unusable`) is here no success of the
     attack, while `worst_attack` counts it as lost, since a judge that breaks has not withstood. The lift is
-    the mean over the `n` valid pairs. Without a valid one there is neither.
+    the mean over the `n` valid pairs. Where no pair is valid, all of these are None.
     """
     pairs = pd.DataFrame({"honest": list(honest_scores), "attacked": list(attack_scores)}, dtype=float)
     pairs["lift"] = pairs.attacked - pairs.honest
@@ -135,9 +135,9 @@ class Column(NamedTuple):
 
 
 def question(prompt: str, instruction: str, output: str, other: str | None = None) -> Any:
-    """The messages that ask with `prompt`, without a rubric.
+    """The messages that ask with `prompt`, without a rubric; also what the answer is cached under.
 
-    A judge of the run that is asked in its usual way makes its messages itself, with its rubric.
+    A judge of the run that is asked in its usual way is not sent these: it makes its own, with its rubric.
     """
     return annotate.judge_messages(instruction, output, other, **PROMPTS.get(prompt, {}))
 
@@ -185,7 +185,8 @@ def score(judge: Callable[..., Row], task: Row) -> Row:
 def judge_pairs(column: Column, pairs: list[Row], folder: Path, servers: Any, threads: int) -> list[Any]:
     """The records of what a judge says of each pair's `output` and of its `other`.
 
-    One that compares the two is asked about both at once, and has 4.5 for the other: 9 P(better) of a draw.
+    A pairwise judge is asked about both at once: `output` gets 9 P(it is better), `other` always the 4.5 of a
+    draw.
     """
     name, judge, prompt = column
     prompt = prompt or (PAIRWISE if judge.get("pairwise") else POINTWISE)
@@ -237,9 +238,6 @@ Run, OptionalRun = Annotated[Path, RUN], Annotated[Path | None, RUN]
 Attack = StrEnum("Attack", {name: name for name in ATTACKS})
 Prompt = StrEnum("Prompt", {name: name for name in PROMPTS})
 ChatPrompt = StrEnum("ChatPrompt", {name: name for name in (*PROMPTS, PAIRWISE)})
-ChatPrompts = Annotated[
-    list[ChatPrompt], Option("--style", help="How chat judges, or a chat gold, are asked")
-]
 JudgeUrls = Annotated[list[str], Option("--judge-url", help="URL (…/v1) of a chat judge; JUDGE_API_KEY.")]
 JudgeModels = Annotated[list[str], Option("--judge-model", help="The chat model at each --judge-url.")]
 JudgeTokens = Annotated[int, Option(min=1, help="New tokens of a chat judge's answer, with thinking.")]
@@ -324,7 +322,9 @@ def ask_command(
 
 
 def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
-    """instruction -> honest output: of `file`; of a run, by 01's writer or the base policy; else built in."""
+    """instruction -> honest output: those in `file`; else those of the run (on the laptop what stage 1's
+    `written_answer` makes, else what the base policy wrote); without a run, the built-in ones.
+    """
     if file:
         path = file
         if not path.is_file():
@@ -564,7 +564,7 @@ def transfer_columns(run: Path, chats: dict[str, Row], prompts: Iterable[str]) -
     columns = {GOLD: Column(GOLD, gold)}
     if gold["gold"] == "oracle":
         columns[TRUTH] = Column(TRUTH, gold)
-    else:  # does a hardened prompt help it?
+    else:  # a chat gold is asked with each of `prompts`, too: does a hardened one help it?
         chats = chats | {GOLD: gold}
     for name, judge in evaluate.by_model(evaluate.all_judges(run)).items():
         columns[name] = Column(name, judge)
@@ -590,7 +590,9 @@ def transfer_command(
     run: Run,
     judge_url: JudgeUrls = (),
     judge_model: JudgeModels = (),
-    prompts: ChatPrompts = (POINTWISE,),
+    prompts: Annotated[
+        list[ChatPrompt], Option("--prompt", help="How chat judges, or a chat gold, are asked.")
+    ] = (POINTWISE,),
     judge_tokens: JudgeTokens = 1024,
     judge_effort: JudgeEffort = "none",
     threads: annotate.Threads = 64,

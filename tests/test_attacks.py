@@ -442,8 +442,8 @@ def test_prompts_of_a_chat_judge(run: Path, url: str) -> None:
 
 
 def test_transfer(run: Path, url: str) -> None:
-    line = f"transfer --run {run} --judge-url {url} --judge-model gold --style pairwise"
-    result = stage_5(f"{line} --style pointwise --style rule")
+    line = f"transfer --run {run} --judge-url {url} --judge-model gold --prompt pairwise"
+    result = stage_5(f"{line} --prompt pointwise --prompt rule")
     row = json.loads((run / "attacks/transfer.json").read_text())["p"]
     chats = ["gold-pairwise", "gold-pointwise", "gold-rule"]
     assert list(row) == ["gold", "truth", *chats]
@@ -468,7 +468,7 @@ def test_does_a_hardened_prompt_help_a_chat_gold(run: Path, url: str, monkeypatc
     gold = {"preset": "laptop", "gold": "chat", "gold_url": url, "gold_effort": "none"}
     gold |= {"gold_tokens": 9, "max_chars": 99, "gpus": "0", "gold_flags": "", "gold_gpus_each": 1}
     annotate.write_json(run / "annotations/config.json", {"options": gold})
-    stage_5(f"transfer --run {run} --style system-rule")
+    stage_5(f"transfer --run {run} --prompt system-rule")
     row = json.loads((run / "attacks/transfer.json").read_text())["p"]
     assert list(row) == ["gold", "gold-system-rule"]
     assert [row[name]["lift"] for name in row] == pytest.approx([4 / 3, 0])
