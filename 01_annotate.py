@@ -175,7 +175,7 @@ def oracle_rubric(instruction: str) -> str:
 
 
 # --- Instructions and candidate outputs -----------------------------------------------------------
-# From templates on the laptop, else from a preference data set.
+# The laptop's, from templates. `preference_outputs`, far below, makes those of the other presets.
 
 SPLITS = ("judge_train", "judge_validation", "judge_test", "policy_train", "policy_test")
 JUDGE_SPLITS = SPLITS[:3]
@@ -261,80 +261,6 @@ def template_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]
     for_judges = [row["instruction"] for row in rows if row["split"] in JUDGE_SPLITS]
     rng = random.Random(options["seed"])
     return rows, {text: [make_candidate(text, rng) for _ in range(options["outputs"])] for text in for_judges}
-
-
-COLUMNS = ("prompt", "chosen", "rejected", "source")  # of the Tulu 3 preference mixture
-
-
-def last_answer(turns: Any, prompt: str) -> str | None:
-    """The answer that ends the chat `turns`; None unless it answers `prompt` alone, without turns between."""
-    try:
-        *before, last = turns
-        alone = all(t["role"] == "user" and t["content"].split() == prompt.split() for t in before)
-        return last["content"] if alone and last["role"] == "assistant" and last["content"].strip() else None
-    except (AttributeError, KeyError, TypeError, ValueError):  # not a chat
-        return None
-
-
-def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]:
-    """(instructions with their splits, instruction -> one or two candidates) from the data set `--data`.
-
-    `--data` is a hub id, or a JSONL file with the columns of the Tulu 3 preference mixture. Candidates come
-    from off-policy rows, which can be told only by their `source` (from any row, if no source says so); the
-    other rows give the policies their instructions. An instruction found in several sources counts once.
-    """
-    import datasets
-
-    data, seed, longest = options["data"], options["seed"], options["max_chars"]
-    wanted = sum(options[split] for split in JUDGE_SPLITS)
-    try:
-        if Path(data).is_file():
-            table: Any = read_jsonl(Path(data), COLUMNS)
-            sources = {str(row["source"]) for row in table}
-        else:
-            table = datasets.load_dataset(data, split="train").select_columns(list(COLUMNS))  # stays on disk
-            sources = set(map(str, table["source"]))
-    except (OSError, ValueError) as error:
-        fail(f"--data {data}: no file or data set with the columns {', '.join(COLUMNS)} ({error})")
-    off_policy = {source for source in sources if re.search("off.policy|persona", source)} or sources
-    candidates: dict[str, list[str]] = {}
-    for_policies: list[str] = []
-    counts: Counter[str] = Counter()
-    seen: set[str] = set()
-    for number in tqdm(random.Random(seed).sample(range(len(table)), len(table)), desc="reading preferences"):
-        row = table[number]
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
-        answers = [last_answer(row[column], prompt) for column in ("chosen", "rejected")]
-        fitting = list(dict.fromkeys(a for a in answers if a and len(a) <= longest))  # each text once
-        key = " ".join(prompt.split())
-        if not key or not any(answers):
-            reason = "dropped: no prompt with a single-turn answer"
-        elif not fitting or len(prompt) > longest:
-            reason = "dropped: too long"
-        elif key in seen:
-            reason = "dropped: instruction seen before"
-        elif len(candidates) < wanted and str(row["source"]) in off_policy:
-            reason = "used for judges"
-            candidates[prompt] = fitting[: options["outputs"]]
-            seen.add(key)
-        else:
-            reason = "used for policies"
-            for_policies.append(prompt)
-            seen.add(key)
-        counts[reason] += 1
-    print(f"{data}: {len(table):,} rows, candidates from {', '.join(sorted(off_policy))}")
-    for reason, count in counts.items():
-        print(f"  {count:8,}  rows {reason}")
-    # Held-out splits get instructions with two candidates each: 369 of them are the paper's 738 outputs.
-    with_two = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
-    dealt = split_instructions(with_two, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
-    dealt += split_instructions(for_policies, {"policy_test": options["policy_test"]}, seed)
-    taken = {row["instruction"] for row in dealt}
-    for split, texts in (("judge_train", candidates), ("policy_train", for_policies)):
-        left = [text for text in texts if text not in taken]
-        print(f"{split}: {len(left):,} instructions left, {options[split]:,} asked for")
-        dealt += split_instructions(left, {split: min(len(left), options[split])}, seed)
-    return dealt, candidates
 
 
 # --- The judge's prompt ---------------------------------------------------------------------------
@@ -593,6 +519,82 @@ def questions(name: str, folder: Path, options: Options, endpoint: Any) -> tuple
         rows = [row for row in labelled if row["split"] == "judge_train"]
         ask = partial(label_row, {**options, "gold_effort": name.removeprefix("labels-")}, endpoint)
     return {row["id"]: row for row in rows}, ask
+
+
+# --- Instructions and candidates of `--preset gpu` and `node`: a preference data set ---------------
+
+COLUMNS = ("prompt", "chosen", "rejected", "source")  # of the Tulu 3 preference mixture
+
+
+def last_answer(turns: Any, prompt: str) -> str | None:
+    """The answer that ends the chat `turns`; None unless it answers `prompt` alone, without turns between."""
+    try:
+        *before, last = turns
+        alone = all(t["role"] == "user" and t["content"].split() == prompt.split() for t in before)
+        return last["content"] if alone and last["role"] == "assistant" and last["content"].strip() else None
+    except (AttributeError, KeyError, TypeError, ValueError):  # not a chat
+        return None
+
+
+def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]:
+    """(instructions with their splits, instruction -> one or two candidates) from the data set `--data`.
+
+    `--data` is a hub id, or a JSONL file with the columns of the Tulu 3 preference mixture. Candidates come
+    from off-policy rows, which can be told only by their `source` (from any row, if no source says so); the
+    other rows give the policies their instructions. An instruction found in several sources counts once.
+    """
+    import datasets
+
+    data, seed, longest = options["data"], options["seed"], options["max_chars"]
+    wanted = sum(options[split] for split in JUDGE_SPLITS)
+    try:
+        if Path(data).is_file():
+            table: Any = read_jsonl(Path(data), COLUMNS)
+            sources = {str(row["source"]) for row in table}
+        else:
+            table = datasets.load_dataset(data, split="train").select_columns(list(COLUMNS))  # stays on disk
+            sources = set(map(str, table["source"]))
+    except (OSError, ValueError) as error:
+        fail(f"--data {data}: no file or data set with the columns {', '.join(COLUMNS)} ({error})")
+    off_policy = {source for source in sources if re.search("off.policy|persona", source)} or sources
+    candidates: dict[str, list[str]] = {}
+    for_policies: list[str] = []
+    counts: Counter[str] = Counter()
+    seen: set[str] = set()
+    for number in tqdm(random.Random(seed).sample(range(len(table)), len(table)), desc="reading preferences"):
+        row = table[number]
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
+        answers = [last_answer(row[column], prompt) for column in ("chosen", "rejected")]
+        fitting = list(dict.fromkeys(a for a in answers if a and len(a) <= longest))  # each text once
+        key = " ".join(prompt.split())
+        if not key or not any(answers):
+            reason = "dropped: no prompt with a single-turn answer"
+        elif not fitting or len(prompt) > longest:
+            reason = "dropped: too long"
+        elif key in seen:
+            reason = "dropped: instruction seen before"
+        elif len(candidates) < wanted and str(row["source"]) in off_policy:
+            reason = "used for judges"
+            candidates[prompt] = fitting[: options["outputs"]]
+            seen.add(key)
+        else:
+            reason = "used for policies"
+            for_policies.append(prompt)
+            seen.add(key)
+        counts[reason] += 1
+    print(f"{data}: {len(table):,} rows, candidates from {', '.join(sorted(off_policy))}")
+    for reason, count in counts.items():
+        print(f"  {count:8,}  rows {reason}")
+    # Held-out splits get instructions with two candidates each: 369 of them are the paper's 738 outputs.
+    with_two = [text for text, texts in candidates.items() if len(texts) >= min(2, options["outputs"])]
+    dealt = split_instructions(with_two, {split: options[split] for split in JUDGE_SPLITS[1:]}, seed)
+    dealt += split_instructions(for_policies, {"policy_test": options["policy_test"]}, seed)
+    taken = {row["instruction"] for row in dealt}
+    for split, texts in (("judge_train", candidates), ("policy_train", for_policies)):
+        left = [text for text in texts if text not in taken]
+        print(f"{split}: {len(left):,} instructions left, {options[split]:,} asked for")
+        dealt += split_instructions(left, {split: min(len(left), options[split])}, seed)
+    return dealt, candidates
 
 
 # --- The command ----------------------------------------------------------------------------------
