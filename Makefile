@@ -127,7 +127,7 @@ check: setup
 	$(IN)ruff check .
 	$(IN)ruff format --check 0*.py
 	$(IN)ty check --python .venv 0*.py
-	$(STAGE) -m pytest tests $(addprefix --ignore=,$(LIVE)) $(TESTS)
+	OMP_NUM_THREADS=1 $(STAGE) -m pytest -n 2 tests $(addprefix --ignore=,$(LIVE)) $(TESTS)
 
 test: check
 	$(STAGE) -m pytest $(LIVE) $(TESTS)
