@@ -539,8 +539,9 @@ def last_answer(turns: Any, prompt: str) -> str | None:
 def preference_outputs(options: Options) -> tuple[list[Row], dict[str, list[str]]]:
     """(instructions with their splits, instruction -> one or two candidates) from the data set `--data`.
 
-    `--data` is a hub id, or a JSONL file with the columns of the Tulu 3 preference mixture. Candidates come
-    from off-policy rows, which can be told only by their `source` (from any row, if no source says so); the
+    `--data` is a hub id, or a JSONL file with the columns of the Tulu 3 preference mixture. As in the paper,
+    candidates come from the rows that Tulu 3 calls off-policy: answers by other models than its own. Only the
+    name of a row's `source` tells: it holds "off-policy" or "persona". (If none does, any row will do.) The
     other rows give the policies their instructions. An instruction found in several sources counts once.
     """
     import datasets

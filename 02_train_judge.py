@@ -673,9 +673,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> f
 
 
 def share_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
-    """The neighbouring `examples` that `rank` takes: about as many tokens as any, as thoughts vary in length.
+    """The neighbouring `examples` that `rank` takes: all ranks get about as many tokens, as thoughts vary.
 
-    The tokens of all in a row are cut into equal stretches, and an example goes where its middle lies.
+    All examples are laid end to end and their tokens cut into `ranks` equal stretches; an example goes to the
+    stretch in which its middle lies.
     """
     sizes = [len(prompt) + len(answer) for prompt, answer in examples]
     middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes)]
@@ -776,7 +777,7 @@ def check_rank(value: int) -> int:
 
 
 def check_name(value: str) -> str:
-    """A `--name` is one folder's, and part of ids and of NAME:STEP."""
+    """A `--name` names a folder (no slash), and is part of ids and of stage 4's NAME:STEP (no colon)."""
     if not re.fullmatch(r"(\w[\w.-]*)?", value) or value == "base":
         raise typer.BadParameter("letters, digits, '.', '_' and '-'; and not 'base'")
     return value

@@ -742,7 +742,7 @@ def fit_bradley_terry(features_BK: Any, won_B: Any, weights_B: Any) -> Any:
     """The K coefficients of greatest likelihood of B weighted battles, by Newton's method.
 
     NaN where the likelihood has no single maximum: where style or a model decides every battle, a larger
-    coefficient is always better; where each model has a style of its own, many others are as good.
+    coefficient is always better; where each model has a style of its own, the two cannot be told apart.
     """
     K = features_BK.shape[1]
     beta_K = np.zeros(K)

@@ -343,7 +343,7 @@ def honest_outputs(run: Path | None, file: Path | None) -> dict[str, str]:
 
 
 def battery_pairs(honest: dict[str, str], attacks: Iterable[str], oracle: bool) -> list[Row]:
-    """Every attack on every honest output; for the laptop's instructions with what truth gives it more."""
+    """Every attack on every honest output; where gold is the oracle, also how much better truth likes it."""
     pairs: list[Row] = []
     for name, (instruction, output) in product(attacks, honest.items()):
         text = fill_attack(ATTACKS[name], instruction, output)
