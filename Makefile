@@ -83,8 +83,8 @@ look: setup
 	$(STAGE) 05_attack_analysis.py report   --run runs/look
 
 # Beyond the demo, for each seed: less reasoning, twice the data, and policies trained straight on gold and on
-# truth. `study-variants`, for the first seed: rubrics, pairs, RL of a judge that has hardly been distilled
-# (`format`: it must know how to end a thought), and of one that has seen half of the examples (finding 3).
+# truth. `study-variants`, for the first seed: rubrics, pairs (of twice the data), RL of a judge that has hardly
+# been distilled (`format`: it must know how to end a thought), and of one that has seen half of the examples.
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 study: setup
@@ -107,20 +107,25 @@ study-more:
 	$(STAGE) 04_evaluate.py judges --run $(RUN)-large
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)-large
 
+# The floor under a group's std is on the scale of eq. 1, where a missed claim costs 4/81.
+JUDGE_RL = --steps 24 --prompts 8 --group 8 --lr 1e-4 --std-floor 0.01 --temperature 0.5
 study-variants:
-	$(STAGE) 01_annotate.py    $(ONE) --rubrics --pairs
+	$(STAGE) 01_annotate.py    $(ONE) --rubrics
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --rubrics
-	$(STAGE) 02_train_judge.py $(ONE) --no-reasoning --pairwise
-	$(STAGE) 02_train_judge.py $(ONE) --reasoning --pairwise
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name format --examples 48
 	$(STAGE) 03_rl.py judge    $(ONE) --judge format --steps 24 --lr 3e-5
 	$(STAGE) 03_rl.py policy   $(ONE) --judge format
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name half --examples 240
-	$(STAGE) 03_rl.py judge    $(ONE) --judge half --steps 30 --minibatches 1 --lr 2e-4
+	$(STAGE) 03_rl.py judge    $(ONE) --judge half $(JUDGE_RL)
 	$(STAGE) 03_rl.py policy   $(ONE) --judge half
-	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-pairwise --opponents 2
 	$(STAGE) 04_evaluate.py judges --run $(RUN) --prompted
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
+	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 320 --pairs
+	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --no-reasoning --pairwise
+	$(STAGE) 02_train_judge.py --run $(RUN)-large --seed $(SEED) --reasoning --pairwise
+	$(STAGE) 03_rl.py policy   --run $(RUN)-large --seed $(SEED) --judge reasoning-pairwise --opponents 2
+	$(STAGE) 04_evaluate.py judges --run $(RUN)-large
+	$(STAGE) 04_evaluate.py gold   --run $(RUN)-large
 
 LIVE := tests/test_live.py tests/test_commands.py tests/test_rehearsal.py
 check: setup
