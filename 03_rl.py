@@ -569,9 +569,10 @@ def report(folder: Path) -> None:
 
 LARGE = {"group": 8, "lr": 2e-5, "minibatches": 4, "tokens_per_pass": 8192, "checkpoint_every": 50}
 LARGE |= {"checkpointing": True}
+FLOOR = {"std_floor": 0.01}  # on the scale of eq. 1, where to be wrong by a point costs 1/81
 JUDGE_PRESETS = {
-    "gpu": {**LARGE, "steps": 100, "prompts": 64, "threads": 256},
-    "node": {**LARGE, "steps": 150, "prompts": 256, "threads": 1024}
+    "gpu": {**LARGE, **FLOOR, "steps": 100, "prompts": 64, "threads": 256},
+    "node": {**LARGE, **FLOOR, "steps": 150, "prompts": 256, "threads": 1024}
     | {"judge_gpus": "0,1,2,3,4,5", "train_gpus": "6,7"},
 }
 OUTPUT = {"max_prompt": 2048, "max_tokens": 2048, "std_floor": 0.1}

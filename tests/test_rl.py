@@ -41,6 +41,14 @@ def test_advantages() -> None:
     assert rl.group_advantages([4.0, None, 4.0], 0.0) == [0, 0, 0]
 
 
+@pytest.mark.parametrize("preset", rl.JUDGE_PRESETS)
+def test_a_missed_claim_is_not_lost_under_a_judges_floor(preset: str) -> None:
+    """An error of two points costs 4/81 in eq. 1: a group that differs by nothing else counts in full."""
+    rewards = [rl.verifiable_reward(score, 8) for score in (8, 6)]
+    advantages = rl.group_advantages(rewards, rl.JUDGE_PRESETS[preset]["std_floor"])
+    assert advantages == pytest.approx([1, -1])
+
+
 def test_pointwise_rewards_stay_with_their_rollouts() -> None:
     """Whatever the order in which judgements finish; an invalid one gives no reward, and its cause."""
 
