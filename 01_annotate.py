@@ -995,8 +995,7 @@ def chat_ids(tokenizer: Any, messages: Messages, **variables: Any) -> list[int]:
     """Token ids of `messages` in the model's chat template, up to where the assistant speaks.
 
     A template without a system role gets the rules in the user's turn. One that states the date is given the
-    same date every day.
-    `variables` are the template's own.
+    same date every day. `variables` are the template's own.
     """
     from jinja2 import TemplateError
 
