@@ -64,6 +64,19 @@ def test_gold_fork(fork: Callable[[str], Path]) -> None:
     assert drawn == set(range(1, 10))  # all candidates start with a capital
 
 
+def test_rubric_fork(fork: Callable[[str], Path]) -> None:
+    """Gold wants a word that the rubric names and the instruction does not; both find it in an answer."""
+    fork("rubric")
+    other = import_module("01_annotate")
+    topic, wanted = other.parse_template(ASKED)
+    assert topic == "rain" and wanted in other.WORDS and wanted not in ASKED.split()
+    assert f"3: says {wanted}." in other.oracle_rubric(ASKED)
+    assert [other.oracle(ASKED, f"A {word} rain falls.")[0] for word in ("soft", wanted)] == [4, 7]
+    assert f"{wanted}: '{wanted} rain' +3=6." in other.oracle(ASKED, f"A {wanted} rain falls.")[1]
+    wanted_words = {other.parse_template(other.TEMPLATE.format(word="soft", topic=t))[1] for t in other.TOPICS}
+    assert len(wanted_words) > 20  # it differs from instruction to instruction
+
+
 def test_policy_fork(fork: Callable[[str], Path], tokenizer: Any) -> None:
     """Training and evaluation ask the policy through the same function, so both see the new system prompt."""
     copy, rules = fork("policy"), "Answer in one short sentence."
