@@ -73,8 +73,8 @@ def test_rubric_fork(fork: Callable[[str], Path]) -> None:
     assert f"3: says {wanted}." in other.oracle_rubric(ASKED)
     assert [other.oracle(ASKED, f"A {word} rain falls.")[0] for word in ("soft", wanted)] == [4, 7]
     assert f"{wanted}: '{wanted} rain' +3=6." in other.oracle(ASKED, f"A {wanted} rain falls.")[1]
-    wanted_words = {other.parse_template(other.TEMPLATE.format(word="soft", topic=t))[1] for t in other.TOPICS}
-    assert len(wanted_words) > 20  # it differs from instruction to instruction
+    asked = [other.TEMPLATE.format(word="soft", topic=topic) for topic in other.TOPICS]
+    assert len({other.parse_template(text)[1] for text in asked}) > 20  # it differs between instructions
 
 
 def test_policy_fork(fork: Callable[[str], Path], tokenizer: Any) -> None:
