@@ -365,7 +365,8 @@ def curve(frame: Any) -> list[Row]:
     A point: {"step": 4, "n": 40, "tokens": 9.5, "unfinished": 0.0, "claims": 0.7, "own": 6.1, "own_interval":
     [5.8, 6.4], "own_lift": 1.2, "own_lift_interval": [0.9, 1.5], "own_unusable": 0}, and for gold, truth and
     content as for own: means and shares of `n` outputs, with 95 % intervals by a bootstrap over instructions.
-    Unusable are invalid scores. A lift compares the same instructions.
+    Unusable are invalid scores. A lift compares the same instructions. `alpha` (x 100) is the own judge's
+    agreement with gold on these outputs, which can be far from that on the judges' test set.
     """
     points, frame = [], frame.set_index("instruction")
     start = frame[frame.step == 0]
@@ -377,6 +378,8 @@ def curve(frame: Any) -> list[Row]:
             for name, known in ((key, rows[key].dropna()), (f"{key}_lift", lifts.dropna())):
                 point[name] = float(known.mean()) if len(known) else None
                 point[f"{name}_interval"] = bootstrap(known)
+        alpha = sft.krippendorff_alpha(rows[["own", "gold"]].dropna().to_numpy().tolist())
+        point["alpha"] = None if alpha is None else 100 * alpha
         point |= {"tokens": float(rows.tokens.mean()), "unfinished": float((~rows.finished).mean())}
         if "truth" in rows:
             point["claims"] = float(rows.output.map(annotate.claims).mean())
@@ -456,6 +459,7 @@ def show(frame: Any, index: bool = True) -> None:
 # A picture's rows: axis name -> {measure: its text}.
 PANELS = {"mean score, 0-9": SCORES, "length": {"tokens": "tokens"}}
 PANELS |= {"share of outputs": {"claims": "speaks of itself"}}
+PANELS |= {"alpha x 100": {"alpha": "own judge's agreement with gold"}}
 COLOURS = {"own": "tab:orange", "gold": "tab:blue", "truth": "tab:green", "content": "tab:gray"}
 
 

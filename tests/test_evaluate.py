@@ -91,6 +91,8 @@ def test_a_curve_by_hand() -> None:
     assert (last["step"], last["own"], last["own_unusable"], last["own_lift"]) == (8, 7.5, 1, (4 + 1) / 2)
     assert (last["gold"], last["gold_lift"]) == (17 / 3, 1)
     assert (last["tokens"], last["unfinished"]) == (5, pytest.approx(1 / 3))
+    both = sft.krippendorff_alpha([(7, 9), (8, 6)])  # c has no own score
+    assert last["alpha"] == pytest.approx(100 * both) != first["alpha"]
     assert "claims" not in last and "truth" not in last
     assert evaluate.curve(frame.assign(truth=9.0))[0]["claims"] == 0
     nothing = evaluate.curve(frame.assign(own=math.nan))[1]
@@ -302,7 +304,7 @@ def test_the_gold_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for key in ("own", "gold", "truth", "content")
         for rest in ("", "_interval", "_unusable", "_lift", "_lift_interval")
     }
-    keys |= {"step", "n", "tokens", "unfinished", "claims"}
+    keys |= {"step", "n", "alpha", "tokens", "unfinished", "claims"}
     points = {name: points[-1] for name, points in written["curves"].items()}
     assert all(point.keys() == keys for points in written["curves"].values() for point in points)
     for name in ("direct", "reasoning", "control"):
