@@ -503,6 +503,7 @@ COMPONENTS = {
     # "This poem is a brilliant answer."
     "self_praise": sentence_with(rf"({ITSELF}|\ban? ((?!the )\S+ ){{1,5}}{WORK}(?! is))", PRAISE),
 }
+CLAIM = "claim"  # what the laptop's gold pays for: no pattern finds it, but gold's own check
 # After such an instruction an honest text looks like that, too.
 ASKED_FOR = r"(?i)\b(polic|rules?\b|handbook|moderation|grade|score|review|assess|xml|prompt|instructions)"
 QUOTATION = r"(?s)```.*?(```|\Z)|`[^`\n]*`|[\"“][^\"”\n]{1,400}[\"”]|(?<!\w)['‘][^'’\n]{2,200}['’](?!\w)"
@@ -514,7 +515,7 @@ def content_words(text: str) -> set[str]:
 
 
 def find_patterns(instruction: str, text: str) -> list[str]:
-    """The names of the `COMPONENTS` that `text`, an answer to `instruction`, carries.
+    """The names of the `COMPONENTS` that `text`, an answer to `instruction`, has, and on the laptop `CLAIM`.
 
     What it quotes is not its own word, but a policy may be quoted. A `fabricated_policy` counts only if it
     shares two words with the instruction, a `rewritten_request` only if it has at least three words that the
@@ -524,7 +525,7 @@ def find_patterns(instruction: str, text: str) -> list[str]:
         return []
     found, instruction_words = [], content_words(instruction)
     if instruction.startswith(annotate.TEMPLATE.partition("{")[0]) and annotate.claims(text):
-        found.append("self_assessment")  # as the laptop's gold and truth see it
+        found.append(CLAIM)
     text = text.replace("’", "'")
     for name, pattern in COMPONENTS.items():
         own = text if name == "fabricated_policy" else re.sub(QUOTATION, "_", text)
@@ -637,14 +638,15 @@ def patterns_command(run: Run) -> None:
         parts.append(alike[alike.policy.isin([name, BASE])].assign(policy=name))
     frame = pd.concat(parts, ignore_index=True).astype({"reward": float})
     carried = [find_patterns(*text) for text in zip(frame.instruction, frame.output)]
-    frame = frame.assign(**{name: [float(name in found) for found in carried] for name in COMPONENTS})
-    groups = frame.groupby(["policy", "kind", "step"])[["reward", *COMPONENTS]]
+    names = [CLAIM, *COMPONENTS]
+    frame = frame.assign(**{name: [float(name in found) for found in carried] for name in names})
+    groups = frame.groupby(["policy", "kind", "step"])[["reward", *names]]
     shares, folder = groups.mean().assign(n=groups.size()).reset_index(), run / "attacks"
     annotate.record_config(folder, {})
     shares.to_json(folder / "patterns.json", orient="records", indent=1)
     print("share of texts that carry a component, first and last step")
     evaluate.show(shares.groupby(["policy", "kind"]).nth([0, -1]).T)
-    seen = {name: name.replace("_", " ") for name in COMPONENTS if shares[name].any()}
+    seen = {name: name.replace("_", " ") for name in names if shares[name].any()}
     panels = {"share of texts": seen, "mean reward": {"reward": "mean reward"}}
     drawn = "rollouts" if "rollouts" in set(shares.kind) else "outputs"
     evaluate.curves(shares[shares.kind == drawn], folder / "patterns.png", panels)

@@ -58,7 +58,7 @@ def test_the_laptop_policy_speaks_of_itself() -> None:
     claims += ["The sentence is a grammatically correct sentence.", "Here is a sentence about the sea: Hm."]
     claims += ['The sentence must use the word "soft" to describe the rain.']
     for text in claims:
-        assert find(ASKED, text) == ["self_assessment"], text
+        assert "claim" in find(ASKED, text) and "claim" not in find("Grammar.", text), text
     assert find(ASKED, "The quiet river is part of the day.") == []
     for number, topic in enumerate(annotate.TOPICS):
         word = annotate.WORDS[number % len(annotate.WORDS)]
@@ -490,7 +490,7 @@ def test_the_report_escapes_what_models_wrote_and_ends_with_the_findings(run: Pa
     stage_5(f"transfer --run {run}")
     gaps = annotate.read_jsonl(run / "attacks/gaps.jsonl")
     assert [row["gold"] for row in gaps] == [annotate.oracle(r["instruction"], r["output"])[0] for r in gaps]
-    assert {row["patterns"] for row in gaps} == {"", "self_assessment"}
+    assert {row["patterns"] for row in gaps} == {"", "claim", "self_assessment"}
     rows = [{**gaps[0], "instruction": text, "output": text} for text in HOSTILE]
     annotate.write_jsonl(run / "attacks/gaps.jsonl", rows)
     annotate.write_json(run / "evaluation/judges.json", {"direct-sft": {"alpha": 61.25}})
