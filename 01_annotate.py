@@ -652,7 +652,7 @@ def main(
     ] = LAPTOP_MODEL,
     judge_train: Annotated[int, Option(min=1, help="Instructions for training judges. Paper: 100K.")] = 160,
     judge_validation: Annotated[int, Option(min=1, help="… for choosing a judge's epoch.")] = 10,
-    judge_test: Annotated[int, Option(min=1, help="… for testing judges. Paper: 738 outputs.")] = 20,
+    judge_test: Annotated[int, Option(min=1, help="… for testing judges. Paper: 738 outputs.")] = 100,
     policy_train: Annotated[int, Option(min=1, help="… for training policies. Paper: 117K.")] = 80,
     policy_test: Annotated[int, Option(min=1, help="… for the gold curve. Paper: 1K.")] = 40,
     outputs: Annotated[int, Option(min=1, help="Candidate outputs of an instruction. Paper: 2.")] = 3,

@@ -664,7 +664,7 @@ td { overflow-wrap: anywhere; min-width: 5rem }
 </style><h1>What judges reward</h1>
 <p>A small judge learns from a strong one, <i>gold</i>, and a policy is trained to please the small one, its
 <i>own</i> judge. Does it get better according to gold, and is it then really better? Scores go from 0 to 9.
-On the laptop, <i>truth</i> is fooled by nothing; <i>content</i>, 0 to 7, counts only what was asked for.</p>
+On the laptop, <i>truth</i> pays for no claim; <i>content</i>, 0 to 7, counts only what was asked for.</p>
 <h2>Findings</h2>"""
 PAPER_SAYS = {
     "finding 1": "A policy against a direct judge, which scores at once, wins its favour while gold falls.",
