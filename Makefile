@@ -98,6 +98,7 @@ study-more:
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort low
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --effort medium
 	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-low
+	$(STAGE) 03_rl.py policy   $(ONE) --judge reasoning-medium-sft --name reasoning-medium
 	for judge in gold truth; do $(STAGE) 03_rl.py policy $(ONE) --judge $$judge || exit 1; done
 	$(STAGE) 04_evaluate.py judges --run $(RUN)
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
@@ -111,6 +112,7 @@ study-more:
 JUDGE_RL = --steps 24 --prompts 8 --group 8 --lr 1e-4 --std-floor 0.01 --temperature 0.5
 study-variants:
 	$(STAGE) 01_annotate.py    $(ONE) --rubrics
+	$(STAGE) 02_train_judge.py $(ONE) --no-reasoning --rubrics
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --rubrics
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name format --examples 48
 	$(STAGE) 03_rl.py judge    $(ONE) --judge format --steps 24 --lr 3e-5
@@ -118,6 +120,7 @@ study-variants:
 	$(STAGE) 02_train_judge.py $(ONE) --reasoning --name half --examples 240
 	$(STAGE) 03_rl.py judge    $(ONE) --judge half $(JUDGE_RL)
 	$(STAGE) 03_rl.py policy   $(ONE) --judge half
+	$(STAGE) 03_rl.py judge    $(ONE) --judge reasoning-medium $(JUDGE_RL)
 	$(STAGE) 04_evaluate.py judges --run $(RUN) --prompted
 	$(STAGE) 04_evaluate.py gold   --run $(RUN)
 	$(STAGE) 01_annotate.py    --preset $(PRESET) --run $(RUN)-large --seed $(SEED) --judge-train 320 --pairs
