@@ -520,6 +520,10 @@ def enter_rank(
         work(*arguments)
     except openai.APIError as error:
         fail(annotate.server_error(error))
+    except RuntimeError as error:
+        if " by peer" not in str(error):  # "Connection closed by peer": another rank has ended
+            raise
+        fail("Another of the processes has ended; why stands above. If nothing does, memory ran out.")
 
 
 def rank_and_size() -> tuple[int, int]:

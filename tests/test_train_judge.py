@@ -393,17 +393,21 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         assert one == pytest.approx(two, rel=1e-5)
 
 
-def fail_on_the_second() -> None:
+def fail_on_the_second(seconds: float) -> None:
     if sft.rank_and_size()[0] == 1:
+        if seconds:  # the first rank sees a closed connection before the parent sees the error
+            torch.distributed.destroy_process_group()
+            time.sleep(seconds)
         annotate.fail("on purpose")
     sft.over_ranks([0])  # would wait for ever
 
 
 @two_ranks
-def test_an_error_in_one_rank_ends_all() -> None:
+@pytest.mark.parametrize("seconds", [0, 20])
+def test_an_error_in_one_rank_ends_all(seconds: float) -> None:
     began = time.perf_counter()
     with pytest.raises(SystemExit) as end:
-        sft.on_ranks(fail_on_the_second, "0,1")
+        sft.on_ranks(fail_on_the_second, "0,1", seconds)
     assert end.value.code == 1 and time.perf_counter() - began < 300  # not half an hour
 
 
