@@ -1,4 +1,4 @@
-# make demo   the whole study in miniature, on a laptop: 22 minutes on two cores of a server
+# make demo   the whole study in miniature, on a laptop: 25 minutes on two cores of a server
 # make look   the judges and policies that a demo left behind (results/demo), asked live: five minutes
 # make study  three seeds of it with every kind of judge and controls: hours on two cores (SEEDS=0 for one)
 # make check  what needs no server: layout, types and most of the tests, for every edit
