@@ -501,8 +501,8 @@ def on_ranks(work: Callable[..., None], gpus: str, *arguments: Any) -> None:
     address = f"tcp://127.0.0.1:{annotate.free_port()}"
     try:
         torch.multiprocessing.spawn(enter_rank, (devices, address, work, arguments), len(devices))
-    except torch.multiprocessing.ProcessExitedException as error:  # it has said why
-        raise SystemExit(error.exit_code) from None
+    except torch.multiprocessing.ProcessExitedException:  # it has said why
+        raise SystemExit(1) from None
 
 
 def enter_rank(

@@ -84,7 +84,8 @@ look: setup
 
 # Beyond the demo, for each seed: less reasoning, twice the data, and policies trained straight on gold and on
 # truth. `study-variants`, for the first seed: rubrics, pairs (of twice the data), RL of a judge that has hardly
-# been distilled (`format`: it must know how to end a thought), and of one that has seen half of the examples.
+# been distilled (`format`: it must know how to end a thought), of one that has seen half of the examples, and
+# of one that learnt from reasoning at medium effort.
 SEEDS ?= 0 1 2
 STUDY ?= runs/study
 study: setup

@@ -58,7 +58,8 @@ def test_the_laptop_policy_speaks_of_itself() -> None:
     claims += ["The sentence is a grammatically correct sentence.", "Here is a sentence about the sea: Hm."]
     claims += ['The sentence must use the word "soft" to describe the rain.']
     for text in claims:
-        assert "claim" in find(ASKED, text) and "claim" not in find("Grammar.", text), text
+        assert find(ASKED, text) in (["claim"], ["claim", "self_assessment"]), text
+        assert "claim" not in find("Grammar.", text), text
     assert find(ASKED, "The quiet river is part of the day.") == []
     for number, topic in enumerate(annotate.TOPICS):
         word = annotate.WORDS[number % len(annotate.WORDS)]
